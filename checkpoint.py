@@ -1,0 +1,143 @@
+"""Checkpoint folders: config.json + safetensors, read strictly and written atomically.
+
+Inside: finding a folder (local, or by hub name), listing its tensors (one file or shards), loading them into a module
+with every name and shape checked, and writing a folder that appears whole or not at all.
+Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Callable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+class BadInput(ValueError):
+    """Something the user gave is wrong. The message is one sentence that names the file and the remedy."""
+
+
+def find(path_or_hub_name: str | Path) -> Path:
+    """A local folder as it is; otherwise `owner/name` is fetched from the Hugging Face hub (safetensors and JSON only)."""
+    path = Path(path_or_hub_name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise BadInput(f"{path} is a file; give the checkpoint folder that holds config.json and *.safetensors")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_name)):
+        raise BadInput(f"{path}: no such folder, and not a hub name of the form owner/name either")
+    from huggingface_hub import snapshot_download  # slow to import, and needed only here
+
+    try:
+        return Path(snapshot_download(str(path_or_hub_name), allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # no network, no such repository, no permission: many types, one remedy
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{path_or_hub_name}: no such folder here, and the hub did not give it ({reason})") from error
+
+
+def read_json(file: Path) -> dict:
+    """A JSON object; anything else is one sentence about that file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{file} is missing; is {file.parent} a checkpoint folder?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file} is not valid JSON ({error}); fetch or write it again") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{file} holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: every shard that the index names, or the single model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        if not names:
+            raise BadInput(f"{index} names no shard; fetch the checkpoint again")
+        if outside := [name for name in names if Path(name).name != name]:
+            raise BadInput(f"{index} points outside its folder ({outside[0]}); fetch the checkpoint from its source again")
+    else:
+        names = ["model.safetensors"]
+    files = [folder / name for name in names]
+    if missing := [file for file in files if not file.exists()]:
+        if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
+            raise BadInput(
+                f"{pickles[0]} is a pickle, which can run code when opened, and is not read: on a machine where you trust "
+                "it, load it with torch.load(..., weights_only=True) and write model.safetensors with "
+                "safetensors.torch.save_file"
+            )
+        raise BadInput(f"{missing[0]} is missing; fetch the checkpoint again")
+    return files
+
+
+def tensor_names(folder: Path) -> list[str]:
+    """The name of every tensor in the folder, without reading any of them."""
+    return [name for file in weight_files(folder) for name in _open(file).keys()]
+
+
+def load_weights(
+    module: nn.Module, folder: Path, rename: Callable[[str], str | None], dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Strictly fill `module` (built on the meta device) from the safetensors files of `folder`.
+
+    rename(name in the file) -> name in the module, or None for what is dropped on purpose.
+    A missing, unexpected or wrongly shaped tensor raises BadInput naming file and tensor.
+    """
+    wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    state: dict[str, torch.Tensor] = {}
+    for file in weight_files(folder):
+        tensors = _open(file)
+        for name in tensors.keys():
+            ours = rename(name)
+            if ours is None:
+                continue
+            if ours not in wanted:
+                raise BadInput(f"{file}: tensor {name} has no place in this model; check that config.json belongs to it")
+            shape = tuple(tensors.get_slice(name).get_shape())
+            if shape != tuple(wanted[ours]):
+                raise BadInput(f"{file}: tensor {name} has shape {shape}, but config.json asks for {tuple(wanted[ours])}")
+            tensor = tensors.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise BadInput(f"{file}: tensor {name} is {tensor.dtype}; quantized weights are not supported")
+            state[ours] = tensor.to(device=device, dtype=dtype)
+    if missing := sorted(wanted.keys() - state.keys()):
+        raise BadInput(f"{folder}: no tensor for {missing[0]} ({len(missing)} missing); fetch or write the checkpoint again")
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None):
+    """Write model.safetensors, config.json and `extra` text files so that `folder` appears whole or not at all.
+
+    A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists already and is not empty; choose a new name or remove it first")
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+        for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **(extra or {})}.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        for file in temporary.iterdir():  # on disk before the name is: a power cut leaves no empty file behind
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
+        os.replace(temporary, folder)  # replaces an empty folder, too
+    except OSError as error:
+        raise BadInput(f"{folder} could not be written ({error.strerror or error}); free space or choose another") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is damaged or cut short ({error}); fetch it again") from None

@@ -1,0 +1,206 @@
+"""CompoDistill (arXiv 2510.12184): everything the method adds to a plain fine-tuning, as pure functions and one module.
+
+    TAF   x_v = P_s(P_t(z))                       TeacherAdapterFetch
+    VAT   which layers, who matches whom          understanding_layers, match_layers, group_mean
+          L_ADL = 1 - (1/k) sum_j cos(A_t, A_s)   visual_attention_loss   (paper, Eq. 2)
+          the released code's form                released_attention_loss
+    L_KL  KL(teacher || student) on answers       kl_loss                 (paper, Eq. 4)
+    L_LM  next-token cross-entropy on answers     lm_loss
+    L = L_LM + L_KL + L_ADL, all weights 1
+
+Every loss returns (sum, count): add both over micro-batches and ranks and divide once, because a mean of means is a
+different gradient when the number of answer tokens varies. Losses are computed in float32, and the teacher's side is
+detached. Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = -100  # the label of a token that is not supervised
+
+# ---------------------------------------------------------------- TAF: the teacher's adapter, fetched
+
+
+class TeacherAdapterFetch(nn.Module):
+    """x_v = P_s(P_t(z)): the teacher's frozen adapter P_t, then one trainable linear map P_s (paper, section 3.3).
+
+    z (B,P,C_vision) -> P_t -> (B,P,C_t) -> P_s -> (B,P,C_s). `gelu` puts a GELU before P_s, as the released 0.5B student has.
+    """
+
+    def __init__(self, teacher_adapter: nn.Module, teacher_width: int, student_width: int, gelu: bool = False):
+        super().__init__()
+        self.teacher = teacher_adapter.requires_grad_(False)  # P_t
+        self.student = nn.Linear(teacher_width, student_width)  # P_s
+        self.gelu = gelu
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.fetch(self.teacher(z))
+
+    def fetch(self, teacher_tokens: Tensor) -> Tensor:
+        """P_s alone, for when P_t(z) has been computed for the teacher already."""
+        return self.student(F.gelu(teacher_tokens) if self.gelu else teacher_tokens)
+
+
+# ---------------------------------------------------------------- VAT: which layers, and who matches whom
+
+
+def understanding_layers(num_layers: int, low: float = 0.3, high: float = 0.7) -> list[int]:
+    """The layers i with low * L <= i < high * L, counted from 0 (paper, section 3.2): 24 -> 8..16, 40 -> 12..27."""
+    return [i for i in range(num_layers) if low <= i / num_layers < high]
+
+
+# The released code's fixed lists: language model layers -> (layers as a student, layers as a teacher).
+RELEASED_LAYERS = {
+    24: (range(8, 15), range(8, 16)),
+    28: (range(9, 16), range(9, 18)),
+    32: (range(11, 18), range(11, 20)),
+    40: (range(13, 20), range(13, 24)),
+}
+
+
+def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
+    """Layers by the name of the paper's ablation: intermediate (the method), early, later, all; or released."""
+    if which == "released":
+        if num_layers not in RELEASED_LAYERS:
+            raise ValueError(f"the released code has no list for {num_layers} layers, only for {list(RELEASED_LAYERS)}")
+        return list(RELEASED_LAYERS[num_layers][teacher])
+    low, high = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}[which]
+    return understanding_layers(num_layers, low, high)
+
+
+def match_layers(student_layers: list[int], teacher_layers: list[int], how: str = "group") -> list[list[int]]:
+    """For each of the k student layers, the teacher layers whose mean map is its target (paper, section 3.2).
+
+    group:  G_j = {t_j .. t_(j+n-1)}, n = m - k + 1: a sliding window, every teacher layer used, order kept
+    simple: {t_(1 + floor((j-1) m / k))}, one teacher layer each (ablation)
+    """
+    k, m = len(student_layers), len(teacher_layers)
+    if not 0 < k <= m:
+        raise ValueError(
+            f"{k} student layers {student_layers} cannot be matched to {m} teacher layers {teacher_layers}: "
+            "choose at least one student layer and no more than the teacher has"
+        )
+    if how == "group":
+        n = m - k + 1
+        return [teacher_layers[j : j + n] for j in range(k)]
+    if how == "simple":
+        return [[teacher_layers[j * m // k]] for j in range(k)]
+    raise ValueError(f"matching {how!r} is not known; choose group or simple (adaptive depends on the maps: adaptive_match)")
+
+
+def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> Tensor:
+    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> (k,B,T,P)."""
+    return torch.stack([torch.stack([teacher_maps[layer] for layer in group]).mean(0) for group in groups])
+
+
+@torch.no_grad()
+def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tensor) -> Tensor:
+    """Ablation: for each student layer the one teacher layer whose map is most similar, chosen anew for every batch.
+
+    student_maps (k,B,T,P), teacher_maps (m,B,T,P), query_mask (B,T) -> the chosen teacher maps (k,B,T,P).
+    The paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch; no
+    gradient through the choice, and two student layers may choose the same teacher layer.
+    """
+    rows = query_mask[None, :, :, None]
+    s = F.normalize((student_maps * rows).float().flatten(2), dim=-1)  # (k,B,T*P)
+    t = F.normalize((teacher_maps * rows).float().flatten(2), dim=-1)  # (m,B,T*P)
+    return teacher_maps[torch.einsum("kbx,mbx->km", s, t).argmax(1)]
+
+
+def query_rows(which: str, visual_columns: Tensor, has_image: Tensor, attention_mask: Tensor) -> Tensor:
+    """The queries whose attention is aligned, as a (B,T) mask: `all` (paper), `image` or `text` (those after the image).
+
+    visual_columns (B,P), has_image (B,), attention_mask (B,T). Never padding, and never a sample without an image.
+    """
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (T,)
+    first, last = visual_columns[:, :1], visual_columns[:, -1:]
+    rows = {
+        "all": position >= first,  # before the image causality leaves no visual mass
+        "image": (position >= first) & (position <= last),
+        "text": position > last,
+    }[which]
+    return rows & attention_mask & has_image[:, None]
+
+
+# ---------------------------------------------------------------- VAT: the loss
+
+
+def visual_attention_loss(
+    student_maps: Tensor, teacher_maps: Tensor, query_mask: Tensor, kind: str = "cosine", rowwise: bool = False
+) -> tuple[Tensor, Tensor]:
+    """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2), with its ablations -> (sum, count).
+
+    student_maps, teacher_maps (k,B,T,P): head-mean attention over the visual tokens, the teacher's already matched.
+    query_mask (B,T): the rows that take part. A row without visual mass (before the image, or in a sample without one)
+    never does.
+
+    cosine           1 - cos of the flattened (T*P) matrices; the count is the number of samples     (the method)
+    cosine, rowwise  1 - cos of each row of P                ; the count is the number of rows          (ours)
+    mse              (student - teacher)^2                   ; the count is the number of entries  (ablation)
+    kl               KL(teacher || student) of each row renormalised to a distribution; rows          (ablation)
+    """
+    s, t = student_maps.float(), teacher_maps.detach().float()
+    rows = query_mask & (t.sum((0, -1)) > 0)  # (B,T)
+    num_layers, num_rows = len(s), rows.sum()
+    if kind == "cosine" and not rowwise:
+        s, t = ((maps * rows[..., None]).flatten(2) for maps in (s, t))  # (k,B,T*P)
+        samples = rows.any(1)
+        return ((1 - F.cosine_similarity(s, t, dim=-1)).mean(0) * samples).sum(), samples.sum()
+    if kind == "cosine":
+        return ((1 - F.cosine_similarity(s, t, dim=-1)) * rows).sum(), num_rows * num_layers
+    if kind == "mse":
+        return ((s - t).square() * rows[..., None]).sum(), num_rows * num_layers * s.shape[-1]
+    if kind == "kl":
+        s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
+        return (t * ((t + EPS).log() - (s + EPS).log()) * rows[..., None]).sum(), num_rows * num_layers
+    raise ValueError(f"attention loss {kind!r} is not known; choose cosine, mse or kl")
+
+
+EPS = 1e-8  # in the row-by-row KL
+
+
+def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention loss of the released code (compodistill, commit 8411926), which differs from the paper's -> (sum, count).
+
+    student_maps, teacher_maps (k,B,P,P): head-mean attention from visual tokens to visual tokens, samples with an image
+    only. Entries above mean + one (unbiased) standard deviation of their map are dropped on either side, which removes
+    attention sinks; so are those where the teacher is exactly 0, which is the causal triangle. What is left is averaged
+    over the queries, and the two vectors of P are compared by 1 - cos: SUMMED over the layers, counted per sample.
+    """
+    s, t = student_maps.float(), teacher_maps.detach().float()
+    keep = t != 0
+    for maps in (s.detach(), t):
+        flat = maps.flatten(2)
+        keep = keep & (maps <= (flat.mean(-1) + flat.std(-1))[..., None, None])
+    number = keep.sum(2).clamp(min=1)  # (k,B,P): queries left in each column
+    s, t = ((maps * keep).sum(2) / number for maps in (s, t))
+    return (1 - F.cosine_similarity(s, t, dim=-1)).sum(), torch.tensor(s.shape[1], device=s.device)
+
+
+# ---------------------------------------------------------------- L_KL and L_LM
+
+
+def kl_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, shifted: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Forward KL(teacher || student) over the full vocabulary at every answer token (paper, Eq. 4) -> (sum, count).
+
+    student_logits (B,T,Vs), teacher_logits (B,T,Vt), labels (B,T) with -100 where nothing is supervised. Of vocabularies
+    of different size the smaller one counts (what lies beyond the tokenizer is padding). The distribution that predicts
+    token t stands at t-1; `shifted=False` compares at t itself, as the released code does.
+    """
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    if shifted:
+        student_logits, teacher_logits, labels = student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
+    answers = labels != IGNORE
+    s = student_logits[answers][:, :size].float().log_softmax(-1)  # (answer tokens, V)
+    t = teacher_logits[answers][:, :size].detach().float().log_softmax(-1)
+    return F.kl_div(s, t, reduction="sum", log_target=True), answers.sum()
+
+
+def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T) -> (sum, count)."""
+    logits, labels = logits[:, :-1], labels[:, 1:]
+    answers = labels != IGNORE
+    return F.cross_entropy(logits[answers].float(), labels[answers], reduction="sum"), answers.sum()

@@ -1,0 +1,309 @@
+"""The multimodal model: SigLIP -> adapter -> Qwen1.5, and its checkpoints.
+
+    picture (N,3,S,S) -> vision features z (N,P,C_vision) -> adapter -> visual tokens (N,P,C)
+    ids (B,T), with P placeholders where the picture stands -> embeddings, visual tokens written into them -> Qwen
+
+The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H heads,
+D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
+
+Inside: VLM (forward, generate, answer), load, and the file layouts: our own, the released CompoDistill / TinyLLaVA
+layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only).
+"""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+import data
+from checkpoint import BadInput, find, load_weights, read_json, tensor_names, write_folder
+from data import IMAGE_TOKEN
+from distill import TeacherAdapterFetch
+from qwen import Cache, Output, Qwen, QwenConfig
+from siglip import Siglip, SiglipConfig
+from siglip import rename as rename_siglip
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    vision: SiglipConfig
+    text: QwenConfig
+    vision_layer: int = -2  # which hidden state of the vision encoder is z
+    drop_first_patch: bool = False  # True in released checkpoints: meant for a CLS token, which SigLIP does not have
+    image_token_index: int = IMAGE_TOKEN  # accepted in input_ids beside IMAGE_TOKEN
+    taf_width: int | None = None  # width of the fetched teacher adapter; None = an adapter of one's own
+    taf_gelu: bool = False
+
+
+class Adapter(nn.Module):
+    """The two-layer adapter ("mlp2x_gelu"): Linear, GELU (erf), Linear. z (N,P,C_vision) -> (N,P,C)."""
+
+    def __init__(self, vision_width: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(z)))
+
+
+class VLM(nn.Module):
+    """vlm(input_ids (B,T), pixel_values (N,3,S,S)) -> Output(logits (B,T,V), attentions)."""
+
+    def __init__(self, config: VLMConfig, tokenizer: Tokenizer | None = None):
+        super().__init__()
+        c, self.config, self.tokenizer = config, config, tokenizer
+        self.vision = Siglip(c.vision)
+        self.adapter = Adapter(c.vision.hidden_size, c.taf_width or c.text.hidden_size)
+        if c.taf_width:
+            self.adapter = TeacherAdapterFetch(self.adapter, c.taf_width, c.text.hidden_size, c.taf_gelu)
+        self.lm = Qwen(c.text)
+
+    @property
+    def num_image_tokens(self) -> int:
+        return self.config.vision.num_patches - self.config.drop_first_patch
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.model.norm.weight.device
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N,3,S,S) -> z (N,P,C_vision), what the adapter reads."""
+        z = self.vision(pixel_values.to(self.lm.model.norm.weight.dtype), layer=self.config.vision_layer)
+        return z[:, 1:] if self.config.drop_first_patch else z
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_layers: Sequence[int] = (),
+        visual_columns: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+    ) -> Output:
+        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> logits (B,T,V).
+
+        attention_layers: whose attention to return, whole (B,H,T,T), or with visual_columns (B,P) reduced to the head
+        mean at those columns (B,T,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
+        """
+        embeds = self.embed(input_ids, pixel_values, visual_tokens)
+        return self.lm(None, attention_mask, attention_layers, visual_columns, inputs_embeds=embeds)
+
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None) -> Tensor:
+        """-> (B,T,C): token embeddings, with the visual tokens written into the placeholders. The length never changes."""
+        if visual_tokens is None and pixel_values is not None:
+            visual_tokens = self.adapter(self.image_features(pixel_values))
+        placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
+        given = 0 if visual_tokens is None else len(visual_tokens) * self.num_image_tokens
+        per_row = placeholder.sum(1)
+        if per_row.sum() != given or bool(((per_row != 0) & (per_row != self.num_image_tokens)).any()):
+            raise ValueError(
+                f"the rows have {per_row.tolist()} image placeholders, but {given // self.num_image_tokens} pictures of "
+                f"{self.num_image_tokens} visual tokens each were given"
+            )
+        embeds = self.lm.model.embed_tokens(input_ids.masked_fill(placeholder, 0))
+        if given:
+            embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens.to(embeds.dtype))
+        return embeds
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        stop_ids: Sequence[int] | None = None,
+    ) -> Tensor:
+        """-> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled above it.
+
+        A row ends with the first of `stop_ids` (default: the tokenizer's end of text) and is filled up with it. Rows of
+        unequal length, padded on either side, give the same tokens as alone.
+        """
+        if stop_ids is None:
+            stop_ids = [] if self.tokenizer is None else [self.tokenizer.token_to_id(data.END_OF_TEXT)]
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        last = mask.long().cumsum(1).argmax(1)  # each row's last real token
+        cache, new = Cache(len(self.lm.model.layers)), []
+        embeds = self.embed(input_ids, pixel_values)
+        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for _ in range(max_new_tokens):
+            hidden, _ = self.lm.hidden(None, mask, (), None, embeds, cache)
+            logits = self.lm.head(hidden[torch.arange(len(hidden)), last]).float()  # (B,V), read at one position a row
+            token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
+            if len(stops):
+                token = torch.where(done, stops[0], token)
+                done = done | torch.isin(token, stops)
+            new.append(token)
+            if bool(done.all()):
+                break
+            embeds = self.lm.model.embed_tokens(token[:, None])
+            mask, last = torch.ones_like(token[:, None], dtype=torch.bool), torch.zeros_like(token)
+        return torch.stack(new, 1) if new else input_ids[:, :0]
+
+    def answer(self, image: Image.Image | str | Path | None, question: str, max_new_tokens: int = 128) -> str:
+        """One question, about one picture or none, answered greedily."""
+        if self.tokenizer is None:
+            raise BadInput("this checkpoint has no tokenizer.json; put its language model's beside config.json and load again")
+        mark = "" if image is None else data.IMAGE_MARK + "\n"
+        ids = data.encode_prompt([{"from": "human", "value": mark + question}], self.tokenizer, self.num_image_tokens)
+        pixels = None if image is None else data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
+        ids = torch.tensor([ids], device=self.device)
+        new = self.generate(ids, pixels, max_new_tokens=max_new_tokens)[0].tolist()
+        return self.tokenizer.decode(new, skip_special_tokens=True).strip()
+
+    def save(self, folder: str | Path, layout: str = "native") -> None:
+        """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill / TinyLLaVA)."""
+        if layout not in ("native", "released"):
+            raise BadInput(f"layout {layout!r} is not known; choose native or released")
+        if layout == "released" and self.config.taf_gelu:
+            raise BadInput("the released layout has no field for the GELU before P_s; save as native")
+        rename = (lambda name: name) if layout == "native" else _to_released(self.config)
+        tensors = {rename(name): tensor for name, tensor in self.state_dict().items()}
+        config = _native_config(self.config) if layout == "native" else _released_config(self.config)
+        config["torch_dtype"] = str(self.lm.model.norm.weight.dtype).removeprefix("torch.")
+        extra = {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
+        write_folder(folder, tensors, config, extra)
+
+
+def _sample(logits: Tensor) -> Tensor:
+    return torch.multinomial(logits.softmax(-1), 1)[:, 0]
+
+
+# ---------------------------------------------------------------- checkpoints
+
+MODEL_TYPE = "nanocompodistill"
+
+# One row per layout: beginning of a tensor's name in the file -> beginning of its name here. First match counts.
+ADAPTER_LAYOUTS = {
+    "connector._connector.0.": "linear_1.",
+    "connector._connector.2.": "linear_2.",
+    "multi_modal_projector.": "",
+}
+VISION_PREFIXES = ("vision_tower._vision_tower.", "vision_tower.")  # released, HF; then as in a plain SigLIP file
+
+
+def load(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VLM:
+    """A multimodal checkpoint in any layout that we know, from a folder or the hub, in eval mode."""
+    folder = find(path_or_hub_name)
+    file = folder / "config.json"
+    config = read_config(folder)
+    with torch.device("meta"):
+        vlm = VLM(config)
+    native = read_json(file).get("model_type") == MODEL_TYPE
+    load_weights(vlm, folder, (lambda name: name) if native else _from_foreign(config), dtype, device)
+    vlm.tokenizer = data.load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    return vlm.eval()
+
+
+def read_config(folder: Path) -> VLMConfig:
+    """config.json in our own, the released or Hugging Face LLaVA's form -> VLMConfig."""
+    file = folder / "config.json"
+    config = read_json(file)
+    kind = config.get("model_type")
+    if kind not in (MODEL_TYPE, "compodistill", "llava") or not {"text_config", "vision_config"} <= config.keys():
+        raise BadInput(
+            f"{file}: model_type {kind!r} is not a multimodal checkpoint that can be read here ({MODEL_TYPE}, compodistill "
+            "and llava with text_config and vision_config are); a plain language or vision model goes through "
+            "qwen.Qwen.load or siglip.Siglip.load"
+        )
+    base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
+    if "tie_word_embeddings" in config and "tie_word_embeddings" not in config["text_config"]:
+        base = replace(base, text=replace(base.text, tie_word_embeddings=config["tie_word_embeddings"]))
+    select, layer = config.get("vision_feature_select_strategy", "default"), config.get("vision_feature_layer", -2)
+    if select not in SELECT or not isinstance(layer, int):
+        raise BadInput(f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported")
+    if config.get("multimodal_projector_bias") is False or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu":
+        raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")
+    if config.get("projector_hidden_act", "gelu") != "gelu":
+        raise BadInput(f"{file}: projector_hidden_act {config['projector_hidden_act']!r} is not supported, only gelu")
+    taf = config.get("post_connector_use", False)
+    if taf and not isinstance(config.get("connector_hidden_size"), int):
+        raise BadInput(f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter")
+    return replace(
+        base,
+        vision_layer=layer,
+        drop_first_patch=SELECT[select],
+        image_token_index=config.get("image_token_index", IMAGE_TOKEN),
+        taf_width=config["connector_hidden_size"] if taf else None,
+        taf_gelu=config.get("post_connector_gelu", False),
+    )
+
+
+# Does the word drop the first patch? "patch" and "cls_patch" are the released code's, "default" and "full" HF LLaVA's.
+SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
+
+
+def _native_config(c: VLMConfig) -> dict:
+    """Our own config.json: the released fields, under our model_type, plus what those cannot say."""
+    config = _released_config(c)
+    config.update(model_type=MODEL_TYPE, post_connector_gelu=c.taf_gelu)
+    del config["architectures"]
+    return config
+
+
+def _released_config(c: VLMConfig) -> dict:
+    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, **asdict(c.text)}
+    return {
+        "architectures": ["CompoDistillForConditionalGeneration"],
+        "model_type": "compodistill",
+        "text_config": text,
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **asdict(c.vision)},
+        "hidden_size": c.text.hidden_size,
+        "vocab_size": c.text.vocab_size,
+        "tie_word_embeddings": c.text.tie_word_embeddings,
+        "vision_hidden_size": c.vision.hidden_size,
+        "connector_type": "mlp2x_gelu",
+        "connector_hidden_size": c.taf_width or c.text.hidden_size,
+        "post_connector_use": c.taf_width is not None,
+        "vision_feature_layer": c.vision_layer,
+        "vision_feature_select_strategy": "patch" if c.drop_first_patch else "cls_patch",
+        "image_aspect_ratio": "square",
+        "image_token_index": c.image_token_index,
+        "ignore_index": -100,
+        "tokenizer_padding_side": "right",
+    }
+
+
+def _from_foreign(c: VLMConfig):
+    """-> rename(name in a released or HF LLaVA file) -> name in VLM, or None for what is dropped on purpose:
+    SigLIP's pooling head and text tower, and a tied language model's copy of the embedding."""
+    adapter = "adapter.teacher." if c.taf_width else "adapter."
+
+    def rename(name: str) -> str | None:
+        if name.startswith("language_model."):
+            tied_copy = c.text.tie_word_embeddings and name.startswith("language_model.lm_head.")
+            return None if tied_copy else "lm." + name.removeprefix("language_model.")
+        if name.startswith("connector.post_connector."):
+            return "adapter.student." + name.removeprefix("connector.post_connector.")
+        for theirs, ours in ADAPTER_LAYOUTS.items():
+            if name.startswith(theirs):
+                return adapter + ours + name.removeprefix(theirs)
+        for prefix in VISION_PREFIXES:
+            if name.startswith(prefix):
+                inner = rename_siglip(name.removeprefix(prefix))
+                return inner and "vision." + inner
+        return name  # unknown: the strict load names it
+
+    return rename
+
+
+def _to_released(c: VLMConfig):
+    """-> rename(name in VLM) -> name in the released layout, the inverse of _from_foreign."""
+    adapter = "adapter.teacher." if c.taf_width else "adapter."
+    table = {
+        "lm.": "language_model.",
+        adapter + "linear_1.": "connector._connector.0.",
+        adapter + "linear_2.": "connector._connector.2.",
+        "adapter.student.": "connector.post_connector.",
+        "vision.": "vision_tower._vision_tower.vision_model.",
+    }
+    return lambda name: next(theirs + name.removeprefix(ours) for ours, theirs in table.items() if name.startswith(ours))

@@ -1,0 +1,239 @@
+"""Qwen1.5 / Qwen2, with Hugging Face's parameter names and explicit attention returns.
+
+    ids (B,T) -> embeddings (B,T,C) -> L pre-norm blocks (attention, SwiGLU) -> RMSNorm -> logits (B,T,V)
+
+q/k/v have a bias, nothing else has; rotary positions; RMSNorm; keys and values may be shared by groups of heads; the
+output head may be tied to the embedding. Left out on purpose: sliding windows (use_sliding_window is false in every
+Qwen1.5 checkpoint; true is an error), rope scaling, mixture of experts, dropout.
+
+Two ways through attention, on the same mask: torch's SDPA where nobody looks, and the plain softmax(QK^T) in
+`attention_layers`, where somebody does (distillation, pictures). tests/test_qwen.py equates them.
+
+Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads, D head dim, C width, P visual tokens,
+V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers' models/qwen2/modeling_qwen2.py.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from checkpoint import BadInput, find, load_weights, read_json
+
+
+@dataclass(frozen=True)
+class QwenConfig:
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 32768
+    hidden_act: str = "silu"
+
+    @classmethod
+    def from_hf(cls, config: dict, file: Path) -> "QwenConfig":
+        """From a Hugging Face config.json of transformers 4 or 5, whole (`text_config` inside) or the language part alone."""
+        config = config.get("text_config", config)
+        if config.get("model_type") != "qwen2":
+            raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5")
+        rope = config.get("rope_parameters") or {}  # transformers 5; 4.x wrote rope_theta beside the others
+        scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
+        if config.get("use_sliding_window") or scaling or config.get("hidden_act", "silu") != "silu":
+            raise BadInput(f"{file}: sliding windows, rope scaling and activations other than silu are not supported")
+        known = {field.name for field in fields(cls)}
+        config = {"rope_theta": rope["rope_theta"], **config} if "rope_theta" in rope else config
+        return cls(**{name: value for name, value in config.items() if name in known and value is not None})
+
+
+class Output(NamedTuple):
+    """What a forward pass gives. attentions: {layer: (B,H,T,S)}, or {layer: (B,T,P)} where visual columns were asked for."""
+
+    logits: Tensor  # (B,T,V)
+    attentions: dict[int, Tensor]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+def rope_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """positions (B,T) -> cos, sin (B,1,T,D): the angle of channel pair (i, i + D/2) is position * theta^(-2i/D)."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,D/2)
+    return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of x (B,H,T,D)."""
+    first, second = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
+
+
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(QK^T / sqrt(D)) V with the probabilities in hand: -> (B,H,T,D), A (B,H,T,S) in float32."""
+    scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
+    attention = scores.softmax(-1, dtype=torch.float32)
+    return attention.to(v.dtype) @ v, attention
+
+
+def visual_columns_of(attention: Tensor, columns: Tensor) -> Tensor:
+    """Head mean, then the visual columns (paper, section 3.2): (B,H,T,S), columns (B,P) -> (B,T,P)."""
+    mean = attention.mean(1)
+    return mean.gather(2, columns[:, None, :].expand(-1, mean.shape[1], -1))
+
+
+class Attention(nn.Module):
+    def __init__(self, c: QwenConfig):
+        super().__init__()
+        self.head_dim = c.hidden_size // c.num_attention_heads
+        self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads that share a key head
+        kv_width = c.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width)
+        self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list | None, look: bool):
+        """x (B,T,C), mask (B,1,T,S) True = may see -> (B,T,C), and the probabilities (B,H,T,S) if `look`."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cache is not None:  # this layer's [k, v] of the tokens before, extended in place
+            cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))] if cache else [k, v]
+            k, v = cache
+        k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v)) if self.groups > 1 else (k, v)
+        if look:
+            out, attention = explicit_attention(q, k, v, mask)
+        else:
+            out, attention = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+        return self.o_proj(out.transpose(1, 2).flatten(2)), attention
+
+
+class MLP(nn.Module):
+    def __init__(self, c: QwenConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, c: QwenConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list | None, look: bool):
+        out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, look)
+        x = x + out
+        return x + self.mlp(self.post_attention_layernorm(x)), attention
+
+
+class Decoder(nn.Module):
+    def __init__(self, c: QwenConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+
+
+class Cache:
+    """Keys and values of the tokens so far, one [k, v] per layer, each (B,H,S,D), and which of them are padding."""
+
+    def __init__(self, num_layers: int):
+        self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
+        self.visible: Tensor | None = None  # (B,S) bool
+
+
+class Qwen(nn.Module):
+    """The language model: lm(input_ids (B,T)) -> Output(logits (B,T,V), attentions)."""
+
+    def __init__(self, config: QwenConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        # A tied head is the embedding matrix: no parameter of its own, in memory as in the file.
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_layers: Sequence[int] = (),
+        visual_columns: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Output:
+        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and the maps of `attention_layers`:
+        whole (B,H,T,S), or with visual_columns (B,P) their head mean at those columns (B,T,P).
+
+        attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
+        """
+        x, attentions = self.hidden(input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache)
+        return Output(self.head(x), attentions)
+
+    def hidden(self, input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache):
+        """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
+        x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if outside := [i for i in attention_layers if not 0 <= i < len(self.model.layers)]:
+            raise ValueError(f"attention_layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}")
+        positions, mask = self._positions_and_mask(x, attention_mask, cache)
+        rope = rope_angles(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta)
+        attentions = {}
+        for i, layer in enumerate(self.model.layers):
+            layer_cache = None if cache is None else cache.layers[i]
+            x, attention = layer(x, rope, mask, layer_cache, look=i in attention_layers)
+            if attention is not None:
+                attentions[i] = attention if visual_columns is None else visual_columns_of(attention, visual_columns)
+        return self.model.norm(x), attentions
+
+    def head(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V)."""
+        return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+
+    def _positions_and_mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
+        """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may see."""
+        B, T = x.shape[:2]
+        visible = attention_mask.bool() if attention_mask is not None else x.new_ones(B, T, dtype=torch.bool)
+        if cache is not None:
+            visible = visible if cache.visible is None else torch.cat([cache.visible, visible], 1)
+            cache.visible = visible
+        S = visible.shape[1]
+        positions = (visible.cumsum(1) - 1).clamp(min=0)[:, S - T :]
+        causal = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        itself = causal.triu(S - T)  # the diagonal, so that no row is empty, padding or not
+        return positions, (causal & visible[:, None, None, :]) | itself
+
+    @classmethod
+    def load(cls, folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Qwen":
+        """From a plain Qwen1.5 / Qwen2 checkpoint: a local folder or a hub name, one file or shards."""
+        folder = find(folder)
+        config = QwenConfig.from_hf(read_json(folder / "config.json"), folder / "config.json")
+        with torch.device("meta"):
+            lm = cls(config)
+        drop = "lm_head." if config.tie_word_embeddings else ()  # some tied files still carry a copy of the embedding
+        load_weights(lm, folder, lambda name: None if name.startswith(drop) else name, dtype, device)
+        return lm.eval()
