@@ -65,7 +65,10 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
         if num_layers not in RELEASED_LAYERS:
             raise ValueError(f"the released code has no list for {num_layers} layers, only for {list(RELEASED_LAYERS)}")
         return list(RELEASED_LAYERS[num_layers][teacher])
-    low, high = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}[which]
+    shares = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}
+    if which not in shares:
+        raise ValueError(f"layers {which!r} are not known; choose released or one of {', '.join(shares)}")
+    low, high = shares[which]
     return understanding_layers(num_layers, low, high)
 
 
@@ -102,9 +105,9 @@ def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tenso
     The paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch; no
     gradient through the choice, and two student layers may choose the same teacher layer.
     """
-    rows = query_mask[None, :, :, None]
-    s = F.normalize((student_maps * rows).float().flatten(2), dim=-1)  # (k,B,T*P)
-    t = F.normalize((teacher_maps * rows).float().flatten(2), dim=-1)  # (m,B,T*P)
+    outside = ~query_mask[..., None]
+    s = F.normalize(student_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (k,B,T*P)
+    t = F.normalize(teacher_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (m,B,T*P)
     return teacher_maps[torch.einsum("kbx,mbx->km", s, t).argmax(1)]
 
 
@@ -141,20 +144,29 @@ def visual_attention_loss(
     kl               KL(teacher || student) of each row renormalised to a distribution; rows          (ablation)
     """
     s, t = student_maps.float(), teacher_maps.detach().float()
+    t = t.masked_fill(~query_mask[..., None], 0)
     rows = query_mask & (t.sum((0, -1)) > 0)  # (B,T)
-    num_layers, num_rows = len(s), rows.sum()
+    s = s.masked_fill(~rows[..., None], 0)  # filled, not multiplied: whatever padding holds, NaN too, stays out
+    count = attention_count(rows, len(s), s.shape[-1], kind, rowwise)
     if kind == "cosine" and not rowwise:
-        s, t = ((maps * rows[..., None]).flatten(2) for maps in (s, t))  # (k,B,T*P)
-        samples = rows.any(1)
-        return ((1 - F.cosine_similarity(s, t, dim=-1)).mean(0) * samples).sum(), samples.sum()
+        cosine = F.cosine_similarity(s.flatten(2), t.flatten(2), dim=-1)  # (k,B)
+        return ((1 - cosine).mean(0) * rows.any(1)).sum(), count
     if kind == "cosine":
-        return ((1 - F.cosine_similarity(s, t, dim=-1)) * rows).sum(), num_rows * num_layers
+        cosine = F.cosine_similarity(s, t, dim=-1)  # (k,B,T)
+        return ((1 - cosine) * rows).sum(), count
     if kind == "mse":
-        return ((s - t).square() * rows[..., None]).sum(), num_rows * num_layers * s.shape[-1]
-    if kind == "kl":
-        s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
-        return (t * ((t + EPS).log() - (s + EPS).log()) * rows[..., None]).sum(), num_rows * num_layers
-    raise ValueError(f"attention loss {kind!r} is not known; choose cosine, mse or kl")
+        return (s - t).square().sum(), count
+    s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
+    return (t * ((t + EPS).log() - (s + EPS).log())).sum(), count
+
+
+def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, rowwise: bool) -> Tensor:
+    """What visual_attention_loss counts, from the rows (B,T) that take part alone: known before any forward pass."""
+    if kind not in ("cosine", "mse", "kl"):
+        raise ValueError(f"attention loss {kind!r} is not known; choose cosine, mse or kl")
+    if kind == "cosine" and not rowwise:
+        return rows.any(1).sum()  # samples
+    return rows.sum() * num_layers * (num_columns if kind == "mse" else 1)
 
 
 EPS = 1e-8  # in the row-by-row KL
@@ -169,13 +181,16 @@ def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple
     over the queries, and the two vectors of P are compared by 1 - cos: SUMMED over the layers, counted per sample.
     """
     s, t = student_maps.float(), teacher_maps.detach().float()
+    number_of_samples = torch.tensor(s.shape[1], device=s.device)
+    if s.shape[1] == 0:
+        return s.sum(), number_of_samples
     keep = t != 0
     for maps in (s.detach(), t):
         flat = maps.flatten(2)
         keep = keep & (maps <= (flat.mean(-1) + flat.std(-1))[..., None, None])
     number = keep.sum(2).clamp(min=1)  # (k,B,P): queries left in each column
     s, t = ((maps * keep).sum(2) / number for maps in (s, t))
-    return (1 - F.cosine_similarity(s, t, dim=-1)).sum(), torch.tensor(s.shape[1], device=s.device)
+    return (1 - F.cosine_similarity(s, t, dim=-1)).sum(), number_of_samples
 
 
 # ---------------------------------------------------------------- L_KL and L_LM

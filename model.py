@@ -65,6 +65,20 @@ class VLM(nn.Module):
             self.adapter = TeacherAdapterFetch(self.adapter, c.taf_width, c.text.hidden_size, c.taf_gelu)
         self.lm = Qwen(c.text)
 
+    @classmethod
+    def assemble(cls, vision: Siglip, lm: Qwen, tokenizer: Tokenizer, teacher: "VLM | None" = None) -> "VLM":
+        """A new model of given parts and a new, random adapter: its own, or with `teacher` the teacher's plus P_s (TAF)."""
+        config = VLMConfig(vision.config, lm.config)
+        if teacher is not None:
+            width = teacher.config.text.hidden_size
+            config = replace(teacher.config, text=lm.config, taf_width=width)
+        with torch.device("meta"):
+            vlm = cls(config, tokenizer)
+        vlm.vision, vlm.lm = vision, lm
+        own = Adapter(vision.config.hidden_size, lm.config.hidden_size) if teacher is None else None
+        vlm.adapter = own or TeacherAdapterFetch(teacher.adapter, width, lm.config.hidden_size)
+        return vlm
+
     @property
     def num_image_tokens(self) -> int:
         return self.config.vision.num_patches - self.config.drop_first_patch
@@ -108,7 +122,7 @@ class VLM(nn.Module):
                 f"{self.num_image_tokens} visual tokens each were given"
             )
         embeds = self.lm.model.embed_tokens(input_ids.masked_fill(placeholder, 0))
-        if given:
+        if visual_tokens is not None:
             embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens.to(embeds.dtype))
         return embeds
 

@@ -1,0 +1,115 @@
+"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER` (see the README for its time).
+
+    tokenizer           byte-level BPE of the tiny world's words
+    vision              SigLIP, pre-trained to say what is centred in each patch and where the patch is; then frozen
+    teacher-lm, student plain Qwen language models, pre-trained on the tiny world's text without any picture
+    teacher             stage 0a and 0b of train.py on vision and teacher-lm
+"""
+
+import argparse
+import random
+import shutil
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+import data
+from checkpoint import write_folder
+from dataclasses import asdict
+from qwen import Qwen, QwenConfig
+from siglip import Siglip, SiglipConfig
+from train import learning_rate, train_stage
+
+VISION = SiglipConfig(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=40, patch_size=10
+)
+SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so two groups of two
+    "teacher-lm": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2),
+    "student": dict(hidden_size=48, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2),
+}
+
+
+def make_tiny(args: argparse.Namespace) -> None:
+    """Write vision, teacher-lm, student and teacher into args.out."""
+    torch.manual_seed(args.seed)
+    tokenizer = data.make_tokenizer()
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+
+    vision = Siglip(VISION)
+    pretrain_vision(vision, args.seed)
+    tensors = {f"vision_model.{name}": tensor for name, tensor in vision.state_dict().items()}
+    write_folder(args.out / "vision", tensors, {"model_type": "siglip_vision_model", **asdict(VISION)})
+    for name, size in SIZES.items():
+        config = QwenConfig(
+            vocab_size=tokenizer.get_vocab_size(), num_key_value_heads=size["num_attention_heads"], rope_theta=1e6,
+            tie_word_embeddings=True, max_position_embeddings=1024, **size,
+        )
+        lm = Qwen(config)
+        pretrain_text(lm, tokenizer, args.seed, name)
+        write_folder(args.out / name, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
+
+    args.student, args.vision, args.name, args.method = str(args.out / "teacher-lm"), str(args.out / "vision"), "stages", "sft"
+    train_stage("0a", args)
+    args.student = None
+    shutil.move(train_stage("0b", args), args.out / "teacher")
+
+
+def spread(module: nn.Module) -> None:
+    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster from it than from 0.02."""
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
+
+
+def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
+    """From the features the models read (hidden state -2): which of 12 objects or none, which column, which row."""
+    spread(vision)
+    rng, kinds = random.Random(seed), [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
+    none, side = len(kinds), data.GRID
+    head = nn.Linear(VISION.hidden_size, none + 1 + 2 * side)
+    parameters = [*vision.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
+    patches = torch.arange(side * side)
+    for step in tqdm(range(steps), desc="vision", dynamic_ncols=True):
+        scenes = [data.random_scene(rng, "train") for _ in range(64)]
+        target = torch.full((len(scenes), side * side), none)
+        for row, scene in zip(target, scenes):
+            for kind, (column, line) in scene.items():
+                row[line * side + column] = kinds.index(kind)
+        pixels = torch.stack([data.preprocess(data.draw(scene), VISION.image_size) for scene in scenes])
+        content, column, line = head(vision(pixels)).split([none + 1, side, side], -1)  # (64,P,...)
+        where = [
+            F.cross_entropy(logits.transpose(1, 2), (index % side).expand(len(scenes), -1))
+            for logits, index in ((column, patches), (line, patches // side))
+        ]
+        loss = F.cross_entropy(content.transpose(1, 2), target) + sum(where)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 2e-3)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    seen = target != none
+    print(f"vision: {100 * (content.argmax(-1) == target)[seen].float().mean():.1f} % of the last batch's objects named")
+
+
+def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -> None:
+    """Next-token prediction on conversations without their pictures: the language of the world, none of its facts."""
+    spread(lm)
+    optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
+    rng = random.Random(seed + 1)
+    for step in tqdm(range(steps), desc=name, dynamic_ncols=True):
+        samples = [data.text_sample(rng, tokenizer) for _ in range(32)]
+        batch = data.collate(samples)
+        logits = lm(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
+        loss = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=data.IGNORE)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, 2e-3)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    print(f"{name}: text loss {loss.item():.3f} nats per token")

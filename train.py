@@ -1,0 +1,461 @@
+"""Training: the three stages of CompoDistill, its baselines, and the tiny world on one command.
+
+    python train.py                                     # the tiny world: four students, scores, a table and a picture
+    torchrun --nproc-per-node 2 train.py --stage 2      # one stage; the stage before is found under --out
+
+    stage   trains                             loss                what it makes
+    0a, 0b  adapter; adapter + LM              L_LM                a teacher (--stage 0 runs both)
+    1 DPT   adapter (with TAF: P_s)            L_LM + L_KL         a student that reads the teacher's visual tokens
+    2 DFT   adapter + LM                       L_LM + L_KL + L_ADL a student that looks where the teacher looks
+    3 SFT   adapter + LM                       L_LM                the student, finished
+
+Read top to bottom: arguments, one step (class Step), one stage (train_stage), the tiny world (tiny_world).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import data
+import distill
+import model
+from checkpoint import BadInput
+from qwen import Qwen
+from siglip import Siglip
+
+TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
+
+# Each method is a set of flags; a flag on the command line overrides it.
+METHODS = {
+    "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),
+    "kd": dict(taf=False, kl_weight=1.0, vat_loss="none"),
+    "compodistill": dict(taf=True, kl_weight=1.0, vat_loss="cosine"),
+    "released": dict(taf=True, kl_weight=1.0, vat_loss="released", layers="released"),  # as the released code has it
+}
+# Defaults of the tiny world; the README's stage table has the paper's.
+STAGES = {
+    "0a": dict(data="pretrain", steps=300, lr=2e-3),
+    "0b": dict(data="tune", steps=4000, lr=2e-3),
+    "1": dict(data="pretrain", steps=100, lr=2e-3),
+    "2": dict(data="tune", steps=1500, lr=2e-3),
+    "3": dict(data="tune", steps=100, lr=5e-4),
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = parser.add_argument_group("run")
+    run.add_argument("--stage", choices=["0", "0a", "0b", "1", "2", "3"], help="one stage; without it: the tiny world")
+    run.add_argument("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
+    run.add_argument("--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')")
+    run.add_argument("--seed", type=int, default=0, help="of the data order and new weights (default: %(default)s)")
+    run.add_argument("--make-tiny", action="store_true", help="make the shipped tiny models again, into --out")
+    run.add_argument("--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)")
+
+    models = parser.add_argument_group("models: folders or hub names")
+    models.add_argument("--teacher", default=str(TINY / "teacher"), help="multimodal checkpoint (default: %(default)s)")
+    models.add_argument("--student", help="what the stage starts from (default: the previous stage's output; in stage 1 the "
+                        "plain language model tiny/student, in stage 0 tiny/teacher-lm)")
+    models.add_argument("--vision", help="SigLIP for a model that has none yet (default: the teacher's; in stage 0 tiny/vision)")
+
+    method = parser.add_argument_group("method: one flag per row of the paper's ablation tables (default: the method's own)")
+    method.add_argument("--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)")
+    method.add_argument("--taf", action=argparse.BooleanOptionalAction, help="fetch the teacher's adapter")
+    method.add_argument("--kl-weight", type=float, help="weight of L_KL")
+    method.add_argument("--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss")
+    method.add_argument("--vat-weight", type=float, default=1.0, help="weight of L_ADL (default: %(default)s)")
+    method.add_argument("--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)")
+    method.add_argument("--vat-rows", action="store_true", help="cosine of each query row instead of the whole matrix")
+    method.add_argument("--layers", choices=["intermediate", "early", "later", "all", "released"], help="aligned layers")
+    method.add_argument("--matching", choices=["group", "simple", "adaptive"], default="group", help="(default: %(default)s)")
+
+    optim = parser.add_argument_group("data and optimisation")
+    optim.add_argument("--data", type=Path, help="LLaVA JSON (default: the tiny world's, made under --out)")
+    optim.add_argument("--images", type=Path, help="folder that its picture paths start from")
+    optim.add_argument("--steps", type=int, help="optimizer steps (default: the stage's)")
+    optim.add_argument("--lr", type=float, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (default: the stage's)")
+    optim.add_argument("--batch-size", type=int, default=32, help="samples per device and micro-batch (default: %(default)s)")
+    optim.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
+    optim.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for flag, value in {"layers": "intermediate", **METHODS[args.method]}.items():
+        if getattr(args, flag, None) is None:
+            setattr(args, flag, value)
+    args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
+    args.quiet = False
+    if (args.data is None) != (args.images is None):
+        parser.error("--data and --images go together")
+    return args
+
+
+# ---------------------------------------------------------------- one step of the method
+
+
+class Step(nn.Module):
+    """Teacher and student on one batch -> the sums of the losses. Frozen parts run once, for both."""
+
+    def __init__(self, student: model.VLM, teacher: model.VLM | None, stage: str, args: argparse.Namespace):
+        super().__init__()
+        self.student, self.args = student, args
+        self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
+        self.vat_loss = args.vat_loss if stage == "2" else "none"
+        self.student_layers = self.teacher_layers = ()
+        if self.vat_loss != "none":
+            self.student_layers = distill.choose_layers(args.layers, len(student.lm.model.layers), teacher=False)
+            self.teacher_layers = distill.choose_layers(args.layers, len(teacher.lm.model.layers), teacher=True)
+            how = "group" if args.matching == "adaptive" else args.matching
+            self.groups = distill.match_layers(self.student_layers, self.teacher_layers, how)
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        student, teacher, args = self.student, self.teacher[0], self.args
+        ids, labels, columns = batch["input_ids"], batch["labels"], batch["visual_columns"]
+        common = dict(attention_mask=batch["attention_mask"], visual_columns=columns)
+        with torch.no_grad():
+            z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
+            if teacher is not None:
+                teacher_tokens = teacher.adapter(z)
+                t = teacher(ids, visual_tokens=teacher_tokens, attention_layers=self.teacher_layers, **common)
+        student_tokens = student.adapter.fetch(teacher_tokens) if args.taf and teacher else student.adapter(z)
+        s = student(ids, visual_tokens=student_tokens, attention_layers=self.student_layers, **common)
+
+        sums = {"lm": distill.lm_loss(s.logits, labels)[0]}
+        if teacher is not None:
+            sums["kl"] = distill.kl_loss(s.logits, t.logits, labels, shifted=self.args.vat_loss != "released")[0]
+        if self.vat_loss != "none":
+            sums["adl"] = self.attention_loss(s.attentions, t.attentions, batch)
+        return sums
+
+    def attention_loss(self, student: dict[int, Tensor], teacher: dict[int, Tensor], batch: dict) -> Tensor:
+        """VAT: student and teacher {layer: (B,T,P)} -> the sum of L_ADL."""
+        args, queries = self.args, self.queries(batch)
+        s = torch.stack([student[layer] for layer in self.student_layers])  # (k,B,T,P)
+        if args.matching == "adaptive":
+            all_layers = torch.stack([teacher[layer] for layer in self.teacher_layers])
+            t = distill.adaptive_match(s, all_layers, queries)
+        else:
+            t = distill.group_mean(teacher, self.groups)  # (k,B,T,P)
+        if self.vat_loss == "released":  # visual rows only, too: (k,N,P,P)
+            rows = batch["visual_columns"][:, :, None].expand(-1, -1, s.shape[-1])
+            s, t = (maps.gather(2, rows.expand(len(maps), -1, -1, -1))[:, batch["has_image"]] for maps in (s, t))
+            return distill.released_attention_loss(s, t)[0]
+        return distill.visual_attention_loss(s, t, queries, args.vat_loss, args.vat_rows)[0]
+
+    def queries(self, batch: dict) -> Tensor:
+        """(B,T): the query rows that are aligned."""
+        return distill.query_rows(
+            self.args.vat_queries, batch["visual_columns"], batch["has_image"], batch["attention_mask"]
+        )
+
+    def counts(self, batch: dict) -> Tensor:
+        """By what the sums of this batch are to be divided: (answer tokens, what L_ADL counts). Needs no forward pass."""
+        answers = (batch["labels"][:, 1:] != data.IGNORE).sum()
+        if self.vat_loss == "none":
+            return torch.stack([answers, torch.zeros_like(answers)])
+        if self.vat_loss == "released":
+            return torch.stack([answers, batch["has_image"].sum()])
+        k, P = len(self.student_layers), batch["visual_columns"].shape[1]
+        return torch.stack([answers, distill.attention_count(self.queries(batch), k, P, self.vat_loss, self.args.vat_rows)])
+
+
+# ---------------------------------------------------------------- one stage
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 3 % of the steps, then a cosine to 0."""
+    warmup = max(1, round(0.03 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank: int, ranks: int, seed: int):
+    """The sample indices of each of this rank's micro-batches. A global batch is the same samples whatever the number of
+    ranks and micro-batches is; every epoch is a new permutation."""
+    epoch, order = -1, []
+    for micro in range(steps * accumulation):
+        first = (micro * ranks + rank) * size
+        indices = []
+        for position in range(first, first + size):
+            if position // num_samples != epoch:
+                epoch = position // num_samples
+                order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+            indices.append(order[position % num_samples])
+        yield indices
+
+
+def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[model.VLM, model.VLM | None]:
+    """-> the student that this stage starts from, and the frozen teacher (None where no loss and no part needs one)."""
+    start = args.student or previous_output(stage, args)
+    teacher = None
+    if stage not in ("0a", "0b"):
+        teacher = model.load(args.teacher, device=device).requires_grad_(False)
+    if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
+        vision = Siglip.load(args.vision or TINY / "vision", device=device) if args.vision or not teacher else teacher.vision
+        lm = Qwen.load(start, device=device)
+        tokenizer = data.load_tokenizer(start)
+        student = model.VLM.assemble(vision, lm, tokenizer, teacher if args.taf and teacher else None)
+    else:
+        student = model.load(start, device=device)
+    if teacher is not None:
+        share_frozen(student, teacher, args.taf)
+    if teacher is not None and (stage == "3" or (args.kl_weight == 0 and args.vat_loss == "none")):
+        teacher = None  # its frozen parts live on in the student; nobody reads its logits
+    return student, teacher
+
+
+def share_frozen(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
+    """Make the student use the teacher's own vision encoder and, with TAF, adapter: one copy in memory, run once for both."""
+    pairs = [("vision encoder", student.vision, teacher.vision)]
+    if taf:
+        if not isinstance(student.adapter, distill.TeacherAdapterFetch):
+            raise BadInput("this student has an adapter of its own; give --no-taf, or a student whose stage 1 ran with --taf")
+        pairs.append(("fetched adapter", student.adapter.teacher, teacher.adapter))
+    for name, ours, theirs in pairs:
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            raise BadInput(f"the student's {name} is not the teacher's: both must come from the same --teacher")
+    student.vision = teacher.vision
+    if taf:
+        student.adapter.teacher = teacher.adapter
+
+
+def previous_output(stage: str, args: argparse.Namespace) -> str:
+    """The folder that a stage starts from when --student does not say."""
+    if stage in ("0a", "1"):
+        return str(TINY / ("teacher-lm" if stage == "0a" else "student"))
+    before = {"0b": "0a", "2": "1", "3": "2"}[stage]
+    folder = args.out / args.name / f"stage{before}"
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is missing: run --stage {before} first, or name a folder with --student")
+    return str(folder)
+
+
+def train_stage(stage: str, args: argparse.Namespace) -> Path:
+    """Train one stage and save the model; -> its folder, out/name/stageN. Runs on one device or under torchrun."""
+    rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
+    defaults = STAGES[stage]
+    steps, peak = args.steps or defaults["steps"], args.lr or defaults["lr"]
+    out = args.out / args.name / f"stage{stage}"
+    if out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out} exists already; remove it, or choose another --out or --name")
+
+    # models: everything is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model
+    torch.manual_seed(args.seed)
+    student, teacher = load_models(stage, args, device)
+    student.requires_grad_(False).train()
+    (student.adapter.student if teacher_adapter(student) else student.adapter).requires_grad_(True)
+    student.lm.requires_grad_(stage not in ("0a", "1"))
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    step_module = Step(student, teacher, stage, args)
+    wrapped = DistributedDataParallel(step_module) if ranks > 1 else step_module
+
+    # data
+    world = data.make_world(args.out / "world") if args.data is None and rank == 0 else args.out / "world"
+    if ranks > 1:
+        dist.barrier()
+    dataset = data.LlavaDataset(
+        args.data or world / f"{defaults['data']}.json",
+        args.images or world / "images",
+        student.tokenizer,
+        student.num_image_tokens,
+        student.config.vision.image_size,
+        template="pretrain" if stage == "0a" else "chat",
+    )
+    indices = batches_of(len(dataset), steps, args.accumulation, args.batch_size, rank, ranks, args.seed)
+    loader = iter(
+        DataLoader(dataset, batch_sampler=list(indices), collate_fn=data.collate, num_workers=args.workers)
+    )
+
+    weights = {"lm": 1.0, "kl": args.kl_weight, "adl": args.vat_weight}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = open(out.parent / f"stage{stage}.jsonl", "w") if rank == 0 else None
+    bar = tqdm(total=steps, desc=f"{args.name} stage {stage}", disable=rank != 0 or args.quiet, dynamic_ncols=True)
+    started = time.time()
+    for step in range(steps):
+        micro_batches = [to_device(next(loader), device) for _ in range(args.accumulation)]
+        counts = torch.stack([step_module.counts(batch) for batch in micro_batches]).sum(0)
+        if ranks > 1:
+            dist.all_reduce(counts)
+        answers, attended = counts.clamp(min=1).tolist()
+        totals = {}
+        for i, batch in enumerate(micro_batches):
+            last = i == len(micro_batches) - 1
+            with wrapped.no_sync() if ranks > 1 and not last else nullcontext():
+                sums = wrapped(batch)
+                # Sums over all micro-batches and ranks, divided once; DDP averages over the ranks, hence `ranks *`.
+                loss = sum(
+                    weights[name] * total / (attended if name == "adl" else answers) for name, total in sums.items()
+                )
+                (ranks * loss).backward()
+            for name, total in sums.items():
+                totals[name] = totals.get(name, 0) + total.detach()
+        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, peak)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        bar.update()
+        if (step + 1) % args.log_every == 0 or step in (0, steps - 1):
+            values = torch.stack(list(totals.values()))
+            if ranks > 1:
+                dist.all_reduce(values)
+            losses = {
+                name: value / (attended if name == "adl" else answers) for name, value in zip(totals, values.tolist())
+            }
+            if not math.isfinite(sum(losses.values())):
+                raise BadInput(f"{out}: a loss is no longer finite at step {step + 1}: {losses}; lower --lr")
+            if rank == 0:
+                row = {"step": step + 1, **losses, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
+                       "seconds": round(time.time() - started, 2)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+    bar.close()
+    if rank == 0:
+        student.eval().save(out)
+    if ranks > 1:
+        dist.barrier()
+    return out
+
+
+def teacher_adapter(student: model.VLM) -> bool:
+    """Does this student read through a fetched adapter (TAF)?"""
+    return isinstance(student.adapter, distill.TeacherAdapterFetch)
+
+
+def pick_device() -> str:
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def to_device(batch: dict, device: str) -> dict:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def run_stages(args: argparse.Namespace) -> None:
+    """`--stage`: one stage, on one device or on as many as torchrun started."""
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        device = pick_device()
+        if device != "cpu":
+            torch.cuda.set_device(device)
+        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    try:
+        for stage in ("0a", "0b") if args.stage == "0" else (args.stage,):
+            folder = train_stage(stage, args)
+            if int(os.environ.get("RANK", 0)) == 0:
+                print(f"stage {stage} done: {folder}")
+    finally:
+        if ranks > 1:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- the tiny world on one command
+
+# Four students: the same stages, steps, batches and data order; only these flags differ.
+STUDENTS = {
+    "SFT": "--method sft",
+    "KD": "--method kd",
+    "CompoDistill": "--method compodistill",
+    "CompoDistill-rows": "--method compodistill --vat-queries text --vat-rows --vat-weight 3",
+}
+
+
+def tiny_world(args: argparse.Namespace) -> None:
+    """Train and score the four students, as many at a time as there are cores, then print a table and draw a picture."""
+    import eval as evaluation
+
+    for name in STUDENTS:
+        if (args.out / name).exists():
+            raise BadInput(f"{args.out / name} exists already; remove it, or choose another --out")
+    started = time.time()
+    print(f"tiny world: {data.make_world(args.out / 'world')}")
+    cores = os.cpu_count() or 1
+    threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
+    spawn = torch.multiprocessing.get_context("spawn")
+    common = ["--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
+    common += ["--steps", str(args.steps)] if args.steps else []
+    waiting = {}
+    for name, flags in STUDENTS.items():
+        print(f"  {name:<18} python train.py --stage 1|2|3 --name {name} {flags}")
+        waiting[name] = spawn.Process(target=student_process, args=([*common, "--name", name, *flags.split()], threads))
+    running, total = [], len(STUDENTS) * sum(args.steps or STAGES[stage]["steps"] for stage in "123")
+    with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(next(iter(waiting))))
+                running[-1].start()
+            time.sleep(0.5)
+            bar.update(sum(last_step(file) for file in args.out.glob("*/stage*.jsonl")) - bar.n)
+            if any(process.exitcode for process in running):
+                for process in running:
+                    process.terminate()
+                raise BadInput("a student stopped, see the sentence above; what others had finished is kept")
+            running = [process for process in running if process.exitcode is None]
+
+    teacher = model.load(args.teacher)
+    rows = {"teacher": evaluation.tiny_scores(teacher, args.out / "world")}
+    for name in STUDENTS:
+        rows[name] = json.loads((args.out / name / "scores.json").read_text())
+    text = evaluation.table(rows)
+    (args.out / "results.md").write_text(text + "\n")
+    (args.out / "results.json").write_text(json.dumps(rows, indent=1))
+    models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
+    evaluation.attention_picture(models, evaluation.tiny_cases(args.out / "world"), args.out / "attention.png")
+    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {(time.time() - started) / 60:.1f} minutes")
+
+
+def student_process(argv: list[str], threads: int) -> None:
+    """One student: stages 1, 2 and 3, then its scores."""
+    import eval as evaluation
+
+    torch.set_num_threads(threads)
+    args = parse_args(argv)
+    args.quiet = True
+    try:
+        for stage in "123":
+            folder = train_stage(stage, args)
+        student, teacher = model.load(folder), model.load(args.teacher)
+        scores = evaluation.tiny_scores(student, args.out / "world")
+        scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
+        (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
+    except BadInput as error:
+        sys.exit(f"{args.name}: {error}")
+
+
+def last_step(log: Path) -> int:
+    """The step of a log's last whole line."""
+    lines = log.read_text().splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.make_tiny:
+            from tiny.make import make_tiny
+
+            make_tiny(args)
+        elif args.stage:
+            run_stages(args)
+        else:
+            tiny_world(args)
+    except BadInput as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
