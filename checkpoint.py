@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
@@ -44,8 +45,8 @@ def read_json(file: Path) -> dict:
     """A JSON object; anything else is one sentence about that file."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{file} is missing; is {file.parent} a checkpoint folder?") from None
+    except OSError:
+        raise BadInput(f"{file} is missing or cannot be read; is {file.parent} a checkpoint folder?") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not valid JSON ({error}); fetch or write it again") from None
     if not isinstance(content, dict):
@@ -53,12 +54,33 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def section(config: dict, name: str, file: Path) -> dict:
+    """config[name], or config itself where there is no such part."""
+    part = config.get(name, config)
+    if not isinstance(part, dict):
+        raise BadInput(f"{file}: {name} is {part!r}, not a JSON object; fetch or write it again")
+    return part
+
+
+def to_dataclass(cls: type, config: dict, file: Path):
+    """The fields of dataclass `cls` that config.json gives, type-checked; the others keep their defaults."""
+    values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
+    for field in fields(cls):
+        value, kind = values.get(field.name, field.default), field.type
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not right or (kind is int and value < 1):
+            what = "a positive whole number" if kind is int else f"a {kind.__name__}"
+            raise BadInput(f"{file}: {field.name} is {value!r}, not {what}; fetch or write it again")
+    return cls(**values)
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: every shard that the index names, or the single model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if not names:
+        weight_map = read_json(index).get("weight_map")
+        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        if not names or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{index} names no shard; fetch the checkpoint again")
         if outside := [name for name in names if Path(name).name != name]:
             raise BadInput(f"{index} points outside its folder ({outside[0]}); fetch the checkpoint from its source again")
@@ -73,7 +95,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "safetensors.torch.save_file"
             )
         raise BadInput(f"{missing[0]} is missing; fetch the checkpoint again")
-    return files
+    return sorted(files)
 
 
 def tensor_names(folder: Path) -> list[str]:
@@ -116,7 +138,7 @@ def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], config: d
 
     A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
     """
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(f"{folder} exists already and is not empty; choose a new name or remove it first")
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
@@ -130,8 +152,9 @@ def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], config: d
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, folder)  # replaces an empty folder, too
-    except OSError as error:
-        raise BadInput(f"{folder} could not be written ({error.strerror or error}); free space or choose another") from error
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{folder} could not be written ({reason}); free space or choose another") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

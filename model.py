@@ -71,7 +71,7 @@ class VLM(nn.Module):
         config = VLMConfig(vision.config, lm.config)
         if teacher is not None:
             width = teacher.config.text.hidden_size
-            config = replace(teacher.config, text=lm.config, taf_width=width)
+            config = replace(teacher.config, text=lm.config, taf_width=width, taf_gelu=False)
         with torch.device("meta"):
             vlm = cls(config, tokenizer)
         vlm.vision, vlm.lm = vision, lm
@@ -114,12 +114,12 @@ class VLM(nn.Module):
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.adapter(self.image_features(pixel_values))
         placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
-        given = 0 if visual_tokens is None else len(visual_tokens) * self.num_image_tokens
+        N, P = (0, self.num_image_tokens) if visual_tokens is None else visual_tokens.shape[:2]
         per_row = placeholder.sum(1)
-        if per_row.sum() != given or bool(((per_row != 0) & (per_row != self.num_image_tokens)).any()):
+        if P != self.num_image_tokens or per_row.sum() != N * P or bool(((per_row != 0) & (per_row != P)).any()):
             raise ValueError(
-                f"the rows have {per_row.tolist()} image placeholders, but {given // self.num_image_tokens} pictures of "
-                f"{self.num_image_tokens} visual tokens each were given"
+                f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual tokens each were "
+                f"given, and this model has {self.num_image_tokens} a picture"
             )
         embeds = self.lm.model.embed_tokens(input_ids.masked_fill(placeholder, 0))
         if visual_tokens is not None:
@@ -138,8 +138,8 @@ class VLM(nn.Module):
     ) -> Tensor:
         """-> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled above it.
 
-        A row ends with the first of `stop_ids` (default: the tokenizer's end of text) and is filled up with it. Rows of
-        unequal length, padded on either side, give the same tokens as alone.
+        A row ends with any of `stop_ids` (default: the tokenizer's end of text) and is filled up with the first of them.
+        Rows of unequal length, padded on either side, give the same tokens as alone.
         """
         if stop_ids is None:
             stop_ids = [] if self.tokenizer is None else [self.tokenizer.token_to_id(data.END_OF_TEXT)]
@@ -230,10 +230,11 @@ def read_config(folder: Path) -> VLMConfig:
             "qwen.Qwen.load or siglip.Siglip.load"
         )
     base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
-    if "tie_word_embeddings" in config and "tie_word_embeddings" not in config["text_config"]:
-        base = replace(base, text=replace(base.text, tie_word_embeddings=config["tie_word_embeddings"]))
+    if config.get("tie_word_embeddings") and not any(n.endswith("lm_head.weight") for n in tensor_names(folder)):
+        base = replace(base, text=replace(base.text, tie_word_embeddings=True))  # transformers 5 says it on top only
     select, layer = config.get("vision_feature_select_strategy", "default"), config.get("vision_feature_layer", -2)
-    if select not in SELECT or not isinstance(layer, int):
+    depth = base.vision.num_hidden_layers
+    if not isinstance(select, str) or select not in SELECT or layer not in range(-depth - 1, depth + 1):
         raise BadInput(f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported")
     if config.get("multimodal_projector_bias") is False or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu":
         raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")

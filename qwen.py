@@ -13,7 +13,7 @@ Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads
 V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers' models/qwen2/modeling_qwen2.py.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import BadInput, find, load_weights, read_json
+from checkpoint import BadInput, find, load_weights, read_json, section, to_dataclass
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,21 @@ class QwenConfig:
     @classmethod
     def from_hf(cls, config: dict, file: Path) -> "QwenConfig":
         """From a Hugging Face config.json of transformers 4 or 5, whole (`text_config` inside) or the language part alone."""
-        config = config.get("text_config", config)
+        config = section(config, "text_config", file)
         if config.get("model_type") != "qwen2":
             raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5")
-        rope = config.get("rope_parameters") or {}  # transformers 5; 4.x wrote rope_theta beside the others
-        scaling = config.get("rope_scaling") or (rope if rope.get("rope_type", "default") != "default" else None)
-        if config.get("use_sliding_window") or scaling or config.get("hidden_act", "silu") != "silu":
+        rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)  # transformers 5
+        scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
+        scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
+        if config.get("use_sliding_window") or scaled or config.get("hidden_act", "silu") != "silu":
             raise BadInput(f"{file}: sliding windows, rope scaling and activations other than silu are not supported")
-        known = {field.name for field in fields(cls)}
-        config = {"rope_theta": rope["rope_theta"], **config} if "rope_theta" in rope else config
-        return cls(**{name: value for name, value in config.items() if name in known and value is not None})
+        c = to_dataclass(cls, {"rope_theta": rope.get("rope_theta"), **config}, file)  # 4.x wrote rope_theta here
+        if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
+            raise BadInput(
+                f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} key heads do not "
+                "divide one another"
+            )
+        return c
 
 
 class Output(NamedTuple):

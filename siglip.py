@@ -9,14 +9,14 @@ References: Zhai et al. 2023 (arXiv 2303.15343); the parameter names are those o
 models/siglip/modeling_siglip.py.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import BadInput, find, load_weights, read_json
+from checkpoint import BadInput, find, load_weights, read_json, section, to_dataclass
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,15 @@ class SiglipConfig:
     @classmethod
     def from_hf(cls, config: dict, file: Path) -> "SiglipConfig":
         """From a Hugging Face config.json, whole (`vision_config` inside) or the vision part alone."""
-        config = config.get("vision_config", config)
+        config = section(config, "vision_config", file)
         if config.get("model_type") not in ("siglip_vision_model", "siglip"):
             raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not a SigLIP vision model")
         if config.get("hidden_act", cls.hidden_act) != cls.hidden_act:
             raise BadInput(f"{file}: hidden_act {config['hidden_act']!r} is not supported, only {cls.hidden_act}")
-        known = {field.name for field in fields(cls)}  # fields that a file leaves out have transformers' own defaults
-        return cls(**{name: value for name, value in config.items() if name in known})
+        c = to_dataclass(cls, config, file)  # fields that a file leaves out have transformers' own defaults
+        if c.hidden_size % c.num_attention_heads:
+            raise BadInput(f"{file}: {c.num_attention_heads} heads do not divide a width of {c.hidden_size}")
+        return c
 
     @property
     def num_patches(self) -> int:

@@ -45,3 +45,197 @@ def stage(out, world, *flags, ranks=1, stage=1):
 
 def read_log(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(world, tmp_path_factory):
+    """Stages 1 and 2 on one rank: ten steps of eight samples each."""
+    out = tmp_path_factory.mktemp("one")
+    logs = [stage(out, world, *NAME, "--steps", 10, "--batch-size", 8, stage=n) for n in (1, 2)]
+    return out, logs
+
+
+NAME = ("--name", "student", "--vat-rows", "--vat-queries", "text")
+
+
+@pytest.mark.parametrize("ranks, batch, accumulation", [(2, 4, 1), (1, 2, 4), (2, 2, 2)])
+def test_ranks_and_micro_batches_do_not_change_the_training(one_rank, world, tmp_path, ranks, batch, accumulation):
+    """The same global batch gives the same losses and the same weights, however it is cut. Samples differ in their number
+    of answer tokens, so that a mean of means would fail."""
+    reference, (_, log) = one_rank
+    start = ("--student", reference / "student" / "stage1")
+    shape = ("--steps", 10, "--batch-size", batch, "--accumulation", accumulation)
+    rows = stage(tmp_path, world, *NAME, *start, *shape, ranks=ranks, stage=2)
+    assert len(rows) == len(log) == 10
+    for ours, theirs in zip(rows, log):
+        assert {"lm", "kl", "adl"} <= ours.keys()
+        for name in ("lm", "kl", "adl", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), (name, ours["step"])
+    ours, theirs = (load_file(out / "student/stage2/model.safetensors") for out in (tmp_path, reference))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
+
+
+def test_each_stage_trains_what_it_says(one_rank):
+    """Stage 1 moves P_s alone, stage 2 P_s and the language model; the vision encoder and P_t never move."""
+    out, _ = one_rank
+    lm = load_file(train.TINY / "student/model.safetensors")
+    teacher = load_file(train.TINY / "teacher/model.safetensors")
+    first, second = (load_file(out / f"student/stage{n}/model.safetensors") for n in (1, 2))
+    for name, tensor in first.items():
+        if name.startswith("lm."):
+            assert torch.equal(tensor, lm[name.removeprefix("lm.")]), name
+            assert not torch.equal(tensor, second[name]), name
+        elif name.startswith("adapter.student."):
+            assert not torch.equal(tensor, second[name]), name
+        else:
+            frozen = teacher[name.replace("adapter.teacher.", "adapter.")]
+            assert torch.equal(tensor, frozen) and torch.equal(second[name], frozen), name
+
+
+def test_first_step_by_hand(one_rank, world):
+    """The first logged losses are those of the plain functions on the first global batch."""
+    import distill
+
+    out, (_, log) = one_rank
+    student, teacher = model.load(out / "student/stage1"), model.load(train.TINY / "teacher")
+    dataset = data.LlavaDataset(world / "tune.json", world / "images", student.tokenizer, 16, 40)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = data.collate([dataset[i] for i in order[:8]])
+    ids, pixels, mask = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
+    s, t = (vlm(ids, pixels, mask, attention_layers=range(len(vlm.lm.model.layers))) for vlm in (student, teacher))
+    total, count = distill.kl_loss(s.logits, t.logits, batch["labels"])
+    assert log[0]["kl"] == pytest.approx((total / count).item(), abs=1e-5)
+    total, count = distill.lm_loss(s.logits, batch["labels"])
+    assert log[0]["lm"] == pytest.approx((total / count).item(), abs=1e-5)
+    cosines = []  # text rows, student layers 2, 3 of 5 against the means of teacher layers 2, 3 and 3, 4 of 6
+    for layer, group in ((2, (2, 3)), (3, (3, 4))):
+        target = sum(t.attentions[g] for g in group) / 2
+        for row in range(len(ids)):
+            columns = (ids[row] == data.IMAGE_TOKEN).nonzero()[:, 0]
+            queries = slice(columns[-1] + 1, mask[row].sum())
+            a, b = (maps[row].mean(0)[queries][:, columns] for maps in (s.attentions[layer], target))
+            cosines += (1 - (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))).tolist()
+    assert log[0]["adl"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
+
+
+def test_text_only_batches_train(world, tmp_path):
+    """A rank whose batch holds no picture at all neither hangs nor fails, in any loss."""
+    records = json.loads((world / "tune.json").read_text())[:8]
+    for record in records[:6]:  # most have no picture; of two ranks, one sees none in some steps
+        del record["image"]
+        record["conversations"][0]["value"] = record["conversations"][0]["value"].replace(data.IMAGE_MARK, "")
+    file = tmp_path / "mixed.json"
+    file.write_text(json.dumps(records))
+    flags = ("--student", train.TINY / "student", "--steps", 4, "--batch-size", 1)
+    where = ("--data", file, "--images", world / "images", "--out", tmp_path, "--name", "student", "--log-every", 1)
+    code, text = run(ROOT / "train.py", "--stage", 1, *where, *flags, ranks=2)
+    assert code == 0, text
+    code, text = run(ROOT / "train.py", "--stage", 2, *where, "--steps", 4, "--batch-size", 1, ranks=2)
+    assert code == 0, text
+    rows = read_log(tmp_path / "student/stage2.jsonl")
+    assert all(math.isfinite(row[name]) for row in rows for name in ("lm", "kl", "adl"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--method", "sft"],
+        ["--method", "kd"],
+        ["--method", "kd", "--taf"],
+        ["--no-taf"],
+        ["--vat-loss", "mse"],
+        ["--vat-loss", "kl", "--vat-queries", "image"],
+        ["--matching", "simple"],
+        ["--matching", "adaptive", "--layers", "all"],
+        ["--method", "released", "--layers", "intermediate"],
+    ],
+    ids=" ".join,
+)
+def test_every_row_of_the_ablation_tables_runs(world, tmp_path, flags):
+    """Stages 1, 2 and 3 with each flag, in this process; the student that comes out answers."""
+    where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path, "--name", "x"]
+    for number in "123":
+        argv = ["--stage", number, *where, "--steps", 2, "--batch-size", 4, *flags]
+        train.main(list(map(str, argv)))
+    student = model.load(tmp_path / "x/stage3")
+    assert isinstance(student.answer(world / "images/test-0.png", "What colour is the circle?"), str)
+
+
+def test_stage_0_makes_a_teacher(world, tmp_path):
+    where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path]
+    train.main(list(map(str, ["--stage", "0", *where, "--steps", 2, "--batch-size", 4])))
+    assert model.load(tmp_path / "teacher/stage0b").num_image_tokens == 16
+
+
+def broken(tmp_path, world):
+    """name -> (arguments, words that the one sentence must hold)."""
+    half = tmp_path / "half"
+    model.load(train.TINY / "teacher").save(half)
+    weights = half / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    bad_json = tmp_path / "bad.json"
+    bad_json.write_text('[{"id": 1')
+    outside = tmp_path / "outside.json"
+    turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
+    outside.write_text(json.dumps([{"id": "evil", "image": "../../etc/passwd", "conversations": turns}] * 8))
+    images = ["--images", world / "images"]
+    return {
+        "no teacher": (["--stage", "1", "--teacher", tmp_path / "none"], ["none"]),
+        "plain language model as teacher": (["--stage", "1", "--teacher", train.TINY / "student"], ["config.json", "qwen2"]),
+        "truncated teacher": (["--stage", "1", "--teacher", half], ["model.safetensors"]),
+        "stage 2 without stage 1": (["--stage", "2"], ["stage1", "--stage 1"]),
+        "stage 3 without stage 2": (["--stage", "3"], ["stage2", "--stage 2"]),
+        "no data": (["--stage", "1", "--data", tmp_path / "no.json", *images], ["no.json"]),
+        "broken data": (["--stage", "1", "--data", bad_json, *images], ["bad.json"]),
+        "no images": (["--stage", "1", "--data", world / "tune.json", "--images", tmp_path / "no"], ["no"]),
+        "a picture outside its folder": (["--stage", "1", "--data", outside, *images], ["evil", "etc/passwd"]),
+    }
+
+
+@pytest.mark.parametrize("case", ["no teacher", "plain language model as teacher", "truncated teacher",
+                                  "stage 2 without stage 1", "stage 3 without stage 2", "no data", "broken data",
+                                  "no images", "a picture outside its folder"])  # fmt: skip
+def test_bad_input_is_one_sentence(case, world, tmp_path):
+    argv, words = broken(tmp_path, world)[case]
+    out = tmp_path / "out"
+    rest = [] if "--data" in argv else ["--data", world / "tune.json", "--images", world / "images"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(list(map(str, [*argv, *rest, "--out", out, "--steps", 1, "--batch-size", 4])))
+    sentence = str(stop.value)
+    assert sentence.startswith("error: ") and "\n" not in sentence and all(word in sentence for word in words), sentence
+    assert not list(out.glob("*/stage?")), "something half-written was left behind"
+
+
+@pytest.mark.parametrize("argv", [["--stage", "4"], ["--method", "magic"], ["--vat-loss", "l1"], ["--unknown"],
+                                  ["--stage", "2", "--data", "x.json"]])  # fmt: skip
+def test_unknown_flag_values_are_refused(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(argv)
+    assert stop.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_never_overwritten(one_rank, world):
+    out, _ = one_rank
+    before = (out / "student/stage2/model.safetensors").read_bytes()
+    argv = ["--stage", "2", "--name", "student", "--out", out, "--data", world / "tune.json", "--images", world / "images"]
+    with pytest.raises(SystemExit, match="exists already"):
+        train.main(list(map(str, argv)))
+    assert (out / "student/stage2/model.safetensors").read_bytes() == before
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[3] == 1.0
+    assert rates[3:] == sorted(rates[3:], reverse=True) and rates[-1] < 1e-3
+    assert rates[3 + 97 // 2] == pytest.approx(0.5, abs=0.02)  # half way down the cosine
+
+
+def test_global_batches_do_not_depend_on_ranks():
+    one = list(train.batches_of(10, steps=6, accumulation=1, size=4, rank=0, ranks=1, seed=3))
+    flat = [index for batch in one for index in batch]
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]  # epochs
+    parts = [list(train.batches_of(10, steps=6, accumulation=2, size=1, rank=r, ranks=2, seed=3)) for r in range(2)]
+    again = [parts[r][2 * step + micro][0] for step in range(6) for micro in range(2) for r in range(2)]
+    assert again == flat
