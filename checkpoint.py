@@ -1,17 +1,16 @@
 """Checkpoint folders: config.json + safetensors, read strictly and written atomically.
 
-Inside: finding a folder (local, or by hub name), listing its tensors (one file or shards), loading them into a module
-with every name and shape checked, and writing a folder that appears whole or not at all.
-Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
-"""
+Inside: finding a folder (local, or by hub name), listing its tensors (one file or shards), loading them into
+a module with every name and shape checked, and writing a folder that appears whole or not at all. Left out on
+purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened."""
 
 import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,12 +23,15 @@ class BadInput(ValueError):
 
 
 def find(path_or_hub_name: str | Path) -> Path:
-    """A local folder as it is; otherwise `owner/name` is fetched from the Hugging Face hub (safetensors and JSON only)."""
+    """A local folder as it is; otherwise `owner/name` is fetched from the Hugging Face hub (safetensors and
+    JSON only)."""
     path = Path(path_or_hub_name)
     if path.is_dir():
         return path
     if path.exists():
-        raise BadInput(f"{path} is a file; give the checkpoint folder that holds config.json and *.safetensors")
+        raise BadInput(
+            f"{path} is a file; give the checkpoint folder that holds config.json and *.safetensors"
+        )
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path_or_hub_name)):
         raise BadInput(f"{path}: no such folder, and not a hub name of the form owner/name either")
     from huggingface_hub import snapshot_download  # slow to import, and needed only here
@@ -38,7 +40,9 @@ def find(path_or_hub_name: str | Path) -> Path:
         return Path(snapshot_download(str(path_or_hub_name), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # no network, no such repository, no permission: many types, one remedy
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{path_or_hub_name}: no such folder here, and the hub did not give it ({reason})") from error
+        raise BadInput(
+            f"{path_or_hub_name}: no such folder here, and the hub did not give it ({reason})"
+        ) from error
 
 
 def read_json(file: Path) -> dict:
@@ -46,7 +50,9 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError:
-        raise BadInput(f"{file} is missing or cannot be read; is {file.parent} a checkpoint folder?") from None
+        raise BadInput(
+            f"{file} is missing or cannot be read; is {file.parent} a checkpoint folder?"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not valid JSON ({error}); fetch or write it again") from None
     if not isinstance(content, dict):
@@ -67,7 +73,9 @@ def to_dataclass(cls: type, config: dict, file: Path):
     values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
     for field in fields(cls):
         value, kind = values.get(field.name, field.default), field.type
-        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
+            kind is bool
+        )
         if not right or (kind is int and value < 1):
             what = "a positive whole number" if kind is int else f"a {kind.__name__}"
             raise BadInput(f"{file}: {field.name} is {value!r}, not {what}; fetch or write it again")
@@ -75,7 +83,8 @@ def to_dataclass(cls: type, config: dict, file: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: every shard that the index names, or the single model.safetensors."""
+    """The safetensors files of a checkpoint: every shard that the index names, or the single
+    model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -83,16 +92,15 @@ def weight_files(folder: Path) -> list[Path]:
         if not names or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{index} names no shard; fetch the checkpoint again")
         if outside := [name for name in names if Path(name).name != name]:
-            raise BadInput(f"{index} points outside its folder ({outside[0]}); fetch the checkpoint from its source again")
+            raise BadInput(f"{index} points outside its folder ({outside[0]}); do not trust this checkpoint")
     else:
         names = ["model.safetensors"]
     files = [folder / name for name in names]
     if missing := [file for file in files if not file.exists()]:
         if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
             raise BadInput(
-                f"{pickles[0]} is a pickle, which can run code when opened, and is not read: on a machine where you trust "
-                "it, load it with torch.load(..., weights_only=True) and write model.safetensors with "
-                "safetensors.torch.save_file"
+                f"{pickles[0]} is a pickle, which can run code when opened, and is not read; where you trust it, "
+                "torch.load it with weights_only=True and write it with safetensors.torch.save_file"
             )
         raise BadInput(f"{missing[0]} is missing; fetch the checkpoint again")
     return sorted(files)
@@ -104,7 +112,11 @@ def tensor_names(folder: Path) -> list[str]:
 
 
 def load_weights(
-    module: nn.Module, folder: Path, rename: Callable[[str], str | None], dtype: torch.dtype, device: torch.device | str
+    module: nn.Module,
+    folder: Path,
+    rename: Callable[[str], str | None],
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> None:
     """Strictly fill `module` (built on the meta device) from the safetensors files of `folder`.
 
@@ -120,21 +132,32 @@ def load_weights(
             if ours is None:
                 continue
             if ours not in wanted:
-                raise BadInput(f"{file}: tensor {name} has no place in this model; check that config.json belongs to it")
+                raise BadInput(
+                    f"{file}: tensor {name} has no place in this model; check that config.json belongs to it"
+                )
             shape = tuple(tensors.get_slice(name).get_shape())
             if shape != tuple(wanted[ours]):
-                raise BadInput(f"{file}: tensor {name} has shape {shape}, but config.json asks for {tuple(wanted[ours])}")
+                raise BadInput(
+                    f"{file}: tensor {name} has shape {shape}, but config.json asks for {tuple(wanted[ours])}"
+                )
             tensor = tensors.get_tensor(name)
             if not tensor.is_floating_point():
-                raise BadInput(f"{file}: tensor {name} is {tensor.dtype}; quantized weights are not supported")
+                raise BadInput(
+                    f"{file}: tensor {name} is {tensor.dtype}; quantized weights are not supported"
+                )
             state[ours] = tensor.to(device=device, dtype=dtype)
     if missing := sorted(wanted.keys() - state.keys()):
-        raise BadInput(f"{folder}: no tensor for {missing[0]} ({len(missing)} missing); fetch or write the checkpoint again")
+        raise BadInput(
+            f"{folder}: no tensor for {missing[0]} ({len(missing)} missing); fetch the checkpoint again"
+        )
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None):
-    """Write model.safetensors, config.json and `extra` text files so that `folder` appears whole or not at all.
+def write_folder(
+    folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None
+):
+    """Write model.safetensors, config.json and `extra` text files so that `folder` appears whole or not at
+    all.
 
     A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
     """
@@ -148,7 +171,9 @@ def write_folder(folder: str | Path, tensors: dict[str, torch.Tensor], config: d
         save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
         for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **(extra or {})}.items():
             (temporary / name).write_text(text, encoding="utf-8")
-        for file in temporary.iterdir():  # on disk before the name is: a power cut leaves no empty file behind
+        for (
+            file
+        ) in temporary.iterdir():  # on disk before the name is: a power cut leaves no empty file behind
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         os.replace(temporary, folder)  # replaces an empty folder, too

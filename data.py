@@ -1,9 +1,11 @@
-"""Data: from conversations and pictures to batches, and the tiny world in which the method can be watched on a laptop.
+"""Data: from conversations and pictures to batches, and the tiny world in which the method can be watched on
+a laptop.
 
-    conversation + picture -> encode, preprocess -> sample {"input_ids", "labels", "pixel_values"} -> collate -> batch
+    conversation + picture -> encode, preprocess -> sample {"input_ids", "labels", "pixel_values"} -> collate
+    -> batch
 
-Part 1 is what real data goes through: prompt template, labels, pictures, batches, LLaVA JSON.
-Part 2, the tiny world, draws small pictures of coloured shapes and asks about them, in the same LLaVA JSON form.
+Part 1 is what real data goes through: prompt template, labels, pictures, batches, LLaVA JSON. Part 2, the
+tiny world, draws small pictures of coloured shapes and asks about them, in the same LLaVA JSON form.
 
 Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens of a picture, S side in pixels.
 """
@@ -13,8 +15,8 @@ import os
 import random
 import re
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable
 
 import numpy as np
 import torch
@@ -37,14 +39,19 @@ SYSTEM = (
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """tokenizer.json of a checkpoint folder. Special tokens written in a text are read as plain text, never as control."""
+    """tokenizer.json of a checkpoint folder. Special tokens written in a text are read as plain text, never
+    as control."""
     file = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises bare Exception
-        raise BadInput(f"{file} is missing or is no tokenizer ({error}); copy the language model's here") from None
+        raise BadInput(
+            f"{file} is missing or is no tokenizer ({error}); copy the language model's here"
+        ) from None
     if tokenizer.token_to_id(END_OF_TEXT) is None:
-        raise BadInput(f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer")
+        raise BadInput(
+            f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer"
+        )
     return tokenizer
 
 
@@ -53,12 +60,12 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """A LLaVA conversation -> ids, labels (equally long lists; labels are -100 where nothing is supervised).
 
-        chat:      {SYSTEM}USER: [picture]\\n{question} ASSISTANT: {answer}<|endoftext|>USER: {question} ASSISTANT: ...
+        chat:      {SYSTEM}USER: [picture]\\n{question} ASSISTANT: {answer}<|endoftext|>USER: {question} ...
         pretrain:  [picture]{caption}\\n
 
-    Supervised are " {answer}" and <|endoftext|>, with pretrain all after the picture. [picture] is num_image_tokens
-    placeholders at the front of the turn in which <image> stood; marks in answers are plain text.
-    """
+    Supervised are " {answer}" and <|endoftext|>, with pretrain all after the picture. [picture] is
+    num_image_tokens placeholders at the front of the turn in which <image> stood; marks in answers are plain
+    text."""
     ids, labels, pieces = [], [], _pieces(conversations, template)
     for text, supervised in pieces:
         if text is IMAGE_MARK:
@@ -80,7 +87,8 @@ def encode_prompt(conversations: list[dict], tokenizer: Tokenizer, num_image_tok
 
 
 def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool]]:
-    """The conversation from left to right as (text, supervised). A picture is IMAGE_MARK itself, the end END_OF_TEXT."""
+    """The conversation from left to right as (text, supervised). A picture is IMAGE_MARK itself, the end
+    END_OF_TEXT."""
     speakers = [turn.get("from") for turn in conversations]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise BadInput("a conversation is an even number of turns, human and gpt alternating, human first")
@@ -112,8 +120,15 @@ def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
         try:
             with Image.open(image) as opened:
                 image = opened.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # all that Pillow raises
-            raise BadInput(f"{image} cannot be read as a picture ({error}); replace or leave out the file") from None
+        except (
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:  # all that Pillow raises
+            raise BadInput(
+                f"{image} cannot be read as a picture ({error}); replace or leave out the file"
+            ) from None
     image = image.convert("RGB")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
@@ -140,11 +155,13 @@ def collate(samples: list[dict]) -> dict:
     for sample, marked in zip(samples, has_image.tolist()):
         if marked != (sample.get("pixel_values") is not None):
             raise BadInput(
-                f"sample {sample.get('id', '?')}: {IMAGE_MARK} in the text and a picture beside it go together, one is missing"
+                f"sample {sample.get('id', '?')}: {IMAGE_MARK} in its text and a picture go together"
             )
     P = max(int(placeholder.sum(1).max()), 1)
     if bool((placeholder.sum(1)[has_image] != P).any()):
-        raise BadInput("the samples of a batch hold pictures of different numbers of visual tokens; encode all for one model")
+        raise BadInput(
+            "the pictures of a batch have different numbers of visual tokens; encode all for one model"
+        )
     visual_columns = torch.zeros(B, P, dtype=torch.long)
     visual_columns[has_image] = placeholder.nonzero()[:, 1].view(-1, P)
     return {
@@ -158,9 +175,12 @@ def collate(samples: list[dict]) -> dict:
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """LLaVA JSON: a list of {"id", "image" (a path under `images`, or absent), "conversations"} -> samples for collate."""
+    """LLaVA JSON: a list of {"id", "image" (a path under `images`, or absent), "conversations"} -> samples
+    for collate."""
 
-    def __init__(self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"):
+    def __init__(
+        self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"
+    ):
         self.file, self.images = Path(file), Path(images)
         self.tokenizer, self.num_image_tokens, self.image_size = tokenizer, num_image_tokens, image_size
         self.template = template
@@ -175,7 +195,9 @@ class LlavaDataset(torch.utils.data.Dataset):
         record = self.records[index]
         name = record.get("id", index)
         try:
-            ids, labels = encode(record["conversations"], self.tokenizer, self.num_image_tokens, self.template)
+            ids, labels = encode(
+                record["conversations"], self.tokenizer, self.num_image_tokens, self.template
+            )
             sample = {"id": name, "input_ids": ids, "labels": labels}
             if record.get("image"):
                 sample["pixel_values"] = preprocess(inside(self.images, record["image"]), self.image_size)
@@ -221,12 +243,15 @@ RECOGNITION = ("colour", "shape", "exists", "where")
 COMPOSITION = ("swap_obj", "swap_att", "replace_obj", "replace_rel", "replace_att", "add_obj", "add_att")
 
 Kind = tuple[str, str]  # (colour, shape)
-Scene = dict[Kind, tuple[int, int]]  # what is in the picture -> its cell (column, row); every kind at most once
+Scene = dict[
+    Kind, tuple[int, int]
+]  # what is in the picture -> its cell (column, row); every kind at most once
 
 
 def random_scene(rng: random.Random, split: str) -> Scene:
-    """Two or three different objects in different cells. Every scene belongs to exactly one split, by a checksum of what is
-    where, and a picture is a function of its scene: train and test pictures can never coincide."""
+    """Two or three different objects in different cells. Every scene belongs to exactly one split, by a
+    checksum of what is where, and a picture is a function of its scene: train and test pictures can never
+    coincide."""
     while True:
         kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice((2, 3)))
         cells = rng.sample([(column, row) for column in range(GRID) for row in range(GRID)], len(kinds))
@@ -247,7 +272,9 @@ def draw(scene: Scene) -> Image.Image:
         elif shape == "square":
             pen.rectangle(box, fill=COLOURS[colour])
         else:
-            pen.polygon([(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLOURS[colour])
+            pen.polygon(
+                [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLOURS[colour]
+            )
     return image
 
 
@@ -290,11 +317,11 @@ def recognition_question(kind: str, scene: Scene, rng: random.Random) -> tuple[s
 
 
 def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """(true caption, its hard negative) of one of SugarCrepe's seven kinds, or None where this scene admits none.
+    """(true caption, its hard negative) of one of SugarCrepe's seven kinds, or None where this scene admits
+    none.
 
-    What is added in the add_ kinds makes the caption longer; in half of their pairs it is true and the shorter caption is
-    false, so that nobody can judge by length.
-    """
+    What is added in the add_ kinds makes the caption longer; in half of their pairs it is true and the
+    shorter caption is false, so that nobody can judge by length."""
     longer_is_true = rng.random() < 0.5
     a, b = rng.sample(list(scene), 2)
     true_relations = [name for name, holds in RELATIONS.items() if holds(scene[a], scene[b])]
@@ -317,7 +344,9 @@ def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]
             return None
         return listed(a, b), listed(*swapped)
     if kind in ("replace_obj", "replace_att"):
-        same = 0 if kind == "replace_obj" else 1  # what the wrong object has in common with a: its colour, or its shape
+        same = (
+            0 if kind == "replace_obj" else 1
+        )  # what the wrong object has in common with a: its colour, or its shape
         wrong = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in scene and (c, s)[same] == a[same]]
         return (related(a, b, relation), related(rng.choice(wrong), b, relation)) if wrong else None
     if kind == "add_obj":
@@ -326,7 +355,9 @@ def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]
         if a[1] == b[1]:
             return None
         wrong = rng.choice([c for c in COLOURS if (c, a[1]) not in scene]), a[1]
-        return (listed(a, b), listed(a[1:], absent)) if longer_is_true else (listed(a[1:], b), listed(wrong, b))
+        return (
+            (listed(a, b), listed(a[1:], absent)) if longer_is_true else (listed(a[1:], b), listed(wrong, b))
+        )
     raise ValueError(kind)
 
 
@@ -339,7 +370,8 @@ def _absent(scene: Scene, rng: random.Random) -> Kind:
 
 
 def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> dict:
-    """A LLaVA record: several turns of recognition, relations and captions that are true or false, about one picture."""
+    """A LLaVA record: several turns of recognition, relations and captions that are true or false, about one
+    picture."""
     conversations = []
     while len(conversations) < 2 * turns:
         kind = rng.choices(list(MIX), MIX.values())[0]
@@ -366,14 +398,15 @@ def describe(scene: Scene) -> str:
     return " and ".join(f"a {' '.join(kind)} at {cell_name(cell)}" for kind, cell in scene.items())
 
 
-def make_world(folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 2000, per_kind: int = 640) -> Path:
-    """Write the tiny world, unless it is there: pretrain.json (captions) and tune.json (conversations) in LLaVA's form,
-    test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder"""
-    wanted = {"world": 1, "seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind}
-    if folder.is_dir():
-        if not (folder / "world.json").exists() or json.loads((folder / "world.json").read_text()) != wanted:
-            raise BadInput(f"{folder} is not the tiny world that this program makes; remove it or choose another --out")
+def make_world(
+    folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 2000, per_kind: int = 640
+) -> Path:
+    """Write the tiny world, unless it is there: pretrain.json (captions) and tune.json (conversations) in
+    LLaVA's form, test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder"""
+    if (folder / "world.json").exists():
         return folder
+    if folder.exists():
+        raise BadInput(f"{folder} exists and is not a tiny world; remove it or choose another --out")
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     (temporary / "images").mkdir(parents=True)
     (temporary / "test").mkdir()
@@ -393,7 +426,10 @@ def make_world(folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 20
         turns = [{"from": "human", "value": f"{IMAGE_MARK}\n{DESCRIBE}"}, {"from": "gpt", "value": caption}]
         captions.append({"id": f"pretrain-{i}", "image": f"pretrain-{i}.png", "conversations": turns})
     write("pretrain.json", captions)
-    write("tune.json", [training_record(f"tune-{i}", picture(f"tune-{i}", "train"), rng, turns=6) for i in range(tune)])
+    write(
+        "tune.json",
+        [training_record(f"tune-{i}", picture(f"tune-{i}", "train"), rng, turns=6) for i in range(tune)],
+    )
 
     recognition = {kind: [] for kind in RECOGNITION}
     composition: dict[str, dict] = {kind: {} for kind in COMPOSITION}
@@ -407,24 +443,31 @@ def make_world(folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 20
         for kind, items in composition.items():
             if len(items) < per_kind and (pair := caption_pair(kind, scene, rng)):
                 true, negative = pair
-                items[str(len(items))] = {"filename": f"{name}.png", "caption": true, "negative_caption": negative}
+                items[str(len(items))] = {
+                    "filename": f"{name}.png",
+                    "caption": true,
+                    "negative_caption": negative,
+                }
     write("test/recognition.json", [item for items in recognition.values() for item in items])
     for kind, items in composition.items():
         write(f"test/{kind}.json", items)
-    write("world.json", wanted)
+    write("world.json", {"seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind})
     os.replace(temporary, folder)
     return folder
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of Qwen's class, trained on the tiny world's own text: every word is one token, any text has some."""
+    """A byte-level BPE of Qwen's class, trained on the tiny world's own text: every word is one token, any
+    text has some."""
     units = rf"{re.escape(SYSTEM.strip())}| ?USER:| ?ASSISTANT:"  # said in every conversation: one token each
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(f"{units}|{words}"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{units}|{words}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=1000,

@@ -1,12 +1,12 @@
-"""Evaluation: the tiny world's benchmark for any checkpoint, three ways to score a caption pair, and where a model looks.
+"""Evaluation: the tiny world's benchmark for any checkpoint, scorers of caption pairs, where a model looks.
 
-    python eval.py tiny --model out/compodistill/stage3                     # scores, and similarity to the teacher's attention
-    python eval.py attention --model tiny/teacher --image FILE --question "What colour is the circle?" --save look.png
+    python eval.py tiny --model out/KD/stage3    # scores, and similarity to the teacher
+    python eval.py attention --model tiny/teacher --image FILE --question "What colour is the circle?"
 
 A caption pair is (true caption, hard negative) of one picture. A pair is right
-    yes         if P(yes | true caption) > P(yes | negative), each asked on its own            paired_yes
-    choice      as often as the true one is chosen when both are offered as (A) and (B), in both orders    choice_ab
-    likelihood  if the true caption is the likelier answer to a request for a description      caption_likelihood
+    yes         if P(yes | true caption) > P(yes | negative), each asked alone             paired_yes
+    choice      as often as its letter is preferred, offered as (A) and as (B)             choice_ab
+    likelihood  if the true caption is the likelier answer to "Describe the picture."      caption_likelihood
 Shapes: B prompts, T tokens, P visual tokens, V vocabulary, k matched layers.
 """
 
@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
-from tqdm import tqdm
 
 import data
 import distill
@@ -44,7 +43,9 @@ def prompt(vlm: model.VLM, picture: Path, question: str) -> dict:
 def batches(samples: list[dict], device: torch.device, size: int = BATCH):
     for i in range(0, len(samples), size):
         batch = data.collate(samples[i : i + size])
-        yield {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        yield {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
+        }
 
 
 @torch.no_grad()
@@ -64,10 +65,13 @@ def first_token(vlm: model.VLM, answer: str) -> int:
 
 
 def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]], ask=data.caption_question) -> list[float]:
-    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption than for the negative; ties are wrong."""
+    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption than for the negative; ties are
+    wrong."""
     samples = [prompt(vlm, picture, ask(caption)) for picture, *captions in pairs for caption in captions]
     logits = next_token_logits(vlm, samples)
-    yes = (logits[:, first_token(vlm, "yes")] - logits[:, first_token(vlm, "no")]).view(-1, 2)  # log odds (pairs, 2)
+    yes = (logits[:, first_token(vlm, "yes")] - logits[:, first_token(vlm, "no")]).view(
+        -1, 2
+    )  # log odds (pairs, 2)
     return (yes[:, 0] > yes[:, 1]).float().tolist()
 
 
@@ -78,30 +82,43 @@ CHOICE = (
 
 
 def choice_ab(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
-    """Both orders: 1.0, 0.5 or 0.0 for how often the letter of the true caption is the likelier of A and B."""
+    """Both orders: 1.0, 0.5 or 0.0 for how often the letter of the true caption is the likelier of A and
+    B."""
     samples = [
-        prompt(vlm, picture, CHOICE.format(*order)) for picture, true, wrong in pairs for order in ((true, wrong), (wrong, true))
+        prompt(vlm, picture, CHOICE.format(*order))
+        for picture, true, wrong in pairs
+        for order in ((true, wrong), (wrong, true))
     ]
     logits = next_token_logits(vlm, samples)
-    a_over_b = (logits[:, first_token(vlm, "A")] - logits[:, first_token(vlm, "B")]).view(-1, 2)  # (pairs, order)
+    a_over_b = (logits[:, first_token(vlm, "A")] - logits[:, first_token(vlm, "B")]).view(
+        -1, 2
+    )  # (pairs, order)
     return ((a_over_b[:, 0] > 0).float() + (a_over_b[:, 1] < 0).float()).div(2).tolist()
 
 
 @torch.no_grad()
 def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean: bool = False) -> list[float]:
-    """1.0 where log P(caption | picture, "Describe the picture.") is higher for the true one; `mean`: per token."""
+    """1.0 where log P(caption | picture, "Describe the picture.") is higher for the true one; `mean`: per
+    token."""
     samples = []
     for picture, *captions in pairs:
         for caption in captions:
-            turns = [{"from": "human", "value": f"{data.IMAGE_MARK}\nDescribe the picture."}, {"from": "gpt", "value": caption}]
+            turns = [
+                {"from": "human", "value": f"{data.IMAGE_MARK}\nDescribe the picture."},
+                {"from": "gpt", "value": caption},
+            ]
             ids, labels = data.encode(turns, vlm.tokenizer, vlm.num_image_tokens)
             pixels = data.preprocess(picture, vlm.config.vision.image_size)
             samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
     scores = []
     for batch in batches(samples, vlm.device, size=64):
-        logits = vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits[:, :-1].float()
+        logits = (
+            vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits[:, :-1].float()
+        )
         labels = batch["labels"][:, 1:]
-        log_p = -F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=data.IGNORE, reduction="none").sum(1)
+        log_p = -F.cross_entropy(
+            logits.transpose(1, 2), labels, ignore_index=data.IGNORE, reduction="none"
+        ).sum(1)
         scores.append(log_p / (labels != data.IGNORE).sum(1) if mean else log_p)
     scores = torch.cat(scores).view(-1, 2)
     return (scores[:, 0] > scores[:, 1]).float().tolist()
@@ -116,7 +133,9 @@ def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[fl
     samples = [prompt(vlm, picture, question) for picture, question, _ in items]
     answers = iter(items)
     for batch in batches(samples, vlm.device):
-        new = vlm.generate(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], max_new_tokens=4)
+        new = vlm.generate(
+            batch["input_ids"], batch["pixel_values"], batch["attention_mask"], max_new_tokens=4
+        )
         for row in new.tolist():
             text = vlm.tokenizer.decode(row, skip_special_tokens=True).strip()
             right.append(float(text == next(answers)[2]))
@@ -127,47 +146,63 @@ def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[fl
 
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
-    """-> {recognition kind: [(picture, question, answer)]}, {composition kind: [(picture, true, negative)]}."""
+    """-> {recognition kind: [(picture, question, answer)]}, {composition kind: [(picture, true,
+    negative)]}."""
     recognition = {kind: [] for kind in data.RECOGNITION}
     for item in data.read_records(world / "test" / "recognition.json"):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
     composition = {}
     for kind in data.COMPOSITION:
         items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
-        composition[kind] = [(world / "images" / i["filename"], i["caption"], i["negative_caption"]) for i in items]
-    cut = lambda items: {kind: rows[:limit] for kind, rows in items.items()}
-    return cut(recognition), cut(composition)
+        composition[kind] = [
+            (world / "images" / i["filename"], i["caption"], i["negative_caption"]) for i in items
+        ]
+    return tuple({kind: rows[:limit] for kind, rows in items.items()} for items in (recognition, composition))
 
 
-def tiny_scores(vlm: model.VLM, world: Path, scorer: str = "yes", limit: int | None = None) -> dict[str, float]:
+def tiny_scores(
+    vlm: model.VLM, world: Path, scorer: str = "yes", limit: int | None = None
+) -> dict[str, float]:
     """{kind: % right} with "recognition" and "compositional", the unweighted means over their kinds."""
     recognition, composition = tiny_items(world, limit)
-    percent = lambda hits: 100 * sum(hits) / len(hits)
-    scores = {kind: percent(exact_answers(vlm, items)) for kind, items in recognition.items()}
-    scores |= {kind: percent(SCORERS[scorer](vlm, pairs)) for kind, pairs in composition.items()}
+    hits = {kind: exact_answers(vlm, items) for kind, items in recognition.items()}
+    hits |= {kind: SCORERS[scorer](vlm, pairs) for kind, pairs in composition.items()}
+    scores = {kind: 100 * sum(right) / len(right) for kind, right in hits.items()}
     scores["recognition"] = float(np.mean([scores[kind] for kind in data.RECOGNITION]))
     scores["compositional"] = float(np.mean([scores[kind] for kind in data.COMPOSITION]))
     return scores
 
 
 @torch.no_grad()
-def attention_similarity(student: model.VLM, teacher: model.VLM, world: Path, limit: int | None = 100) -> float:
-    """Mean cosine, over the true captions of the test items, of each text query's attention over the picture: student's
-    understanding layers against the mean of their teacher groups."""
+def attention_similarity(
+    student: model.VLM, teacher: model.VLM, world: Path, limit: int | None = 100
+) -> float:
+    """Mean cosine, over the true captions of the test items, of each text query's attention over the picture:
+    student's understanding layers against the mean of their teacher groups."""
     s_layers = distill.understanding_layers(len(student.lm.model.layers))
     t_layers = distill.understanding_layers(len(teacher.lm.model.layers))
     groups = distill.match_layers(s_layers, t_layers)
     _, composition = tiny_items(world, limit)
     samples = [
-        prompt(teacher, picture, data.caption_question(true)) for pairs in composition.values() for picture, true, _ in pairs
+        prompt(teacher, picture, data.caption_question(true))
+        for pairs in composition.values()
+        for picture, true, _ in pairs
     ]
     distance = count = 0
     for batch in batches(samples, teacher.device):
         look = [
-            vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"], layers, batch["visual_columns"]).attentions
+            vlm(
+                batch["input_ids"],
+                batch["pixel_values"],
+                batch["attention_mask"],
+                layers,
+                batch["visual_columns"],
+            ).attentions
             for vlm, layers in ((student, s_layers), (teacher, t_layers))
         ]
-        rows = distill.query_rows("text", batch["visual_columns"], batch["has_image"], batch["attention_mask"])
+        rows = distill.query_rows(
+            "text", batch["visual_columns"], batch["has_image"], batch["attention_mask"]
+        )
         maps = torch.stack([look[0][layer] for layer in s_layers]), distill.group_mean(look[1], groups)
         total, number = distill.visual_attention_loss(*maps, rows, rowwise=True)
         distance, count = distance + total.item(), count + number.item()
@@ -179,7 +214,8 @@ def attention_similarity(student: model.VLM, teacher: model.VLM, world: Path, li
 
 @torch.no_grad()
 def answer_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
-    """Attention of the answering position over the picture: head mean, mean of the understanding layers -> (side, side)."""
+    """Attention of the answering position over the picture: head mean, mean of the understanding layers ->
+    (side, side)."""
     sample = prompt(vlm, picture, question)
     batch = next(batches([sample], vlm.device))
     layers = distill.understanding_layers(len(vlm.lm.model.layers))
@@ -193,14 +229,19 @@ def answer_attention(vlm: model.VLM, picture: Image.Image | Path, question: str)
 
 def heat(picture: Image.Image, attention: np.ndarray, size: int = 240) -> Image.Image:
     """The picture, faded, with what is looked at more in full colour and framed by brightness of orange."""
-    base = picture.convert("RGB").resize((size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC)
-    weight = Image.fromarray((255 * attention / attention.max()).astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    base = picture.convert("RGB").resize(
+        (size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
+    )
+    weight = Image.fromarray((255 * attention / attention.max()).astype(np.uint8)).resize(
+        (size, size), Image.Resampling.NEAREST
+    )
     dimmed = Image.blend(base, Image.new("RGB", base.size, (25, 25, 45)), 0.75)
     return Image.composite(base, dimmed, weight)
 
 
 def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
-    """One row per (picture, question): the picture, then where each model looks when it answers, with its answer."""
+    """One row per (picture, question): the picture, then where each model looks when it answers, with its
+    answer."""
     size, gap, head = 240, 14, 44
     width, height = (size + gap) * (len(models) + 1) + gap, (size + head + gap) * len(cases) + gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -209,13 +250,20 @@ def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]
         y = gap + row * (size + head + gap)
         with Image.open(path) as opened:
             picture = opened.convert("RGB")
-        plain = picture.resize((size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC)
+        plain = picture.resize(
+            (size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
+        )
         sheet.paste(plain, (gap, y + head))
         pen.multiline_text((gap, y), _wrap(question, 42), fill="black", font_size=13)
         for column, (name, vlm) in enumerate(models.items(), start=1):
             x = gap + column * (size + gap)
             sheet.paste(heat(picture, answer_attention(vlm, picture, question), size), (x, y + head))
-            pen.multiline_text((x, y), f"{name}\n{vlm.answer(picture, question, max_new_tokens=16)}", fill="black", font_size=13)
+            pen.multiline_text(
+                (x, y),
+                f"{name}\n{vlm.answer(picture, question, max_new_tokens=16)}",
+                fill="black",
+                font_size=13,
+            )
     sheet.save(file)
 
 
@@ -236,30 +284,50 @@ def tiny_cases(world: Path) -> list[tuple[Path, str]]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """{method: scores} -> a Markdown table: the two averages, every composition kind, similarity to the teacher."""
+    """{method: scores} -> a Markdown table: the two averages, every composition kind, similarity to the
+    teacher."""
     columns = ["recognition", "compositional", *data.COMPOSITION, "similarity"]
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = [f"{scores[c]:.2f}" if c == "similarity" else f"{scores[c]:.1f}" if c in scores else "" for c in columns[:-1]]
+        cells = [
+            f"{scores[c]:.2f}" if c == "similarity" else f"{scores[c]:.1f}" if c in scores else ""
+            for c in columns[:-1]
+        ]
         cells.append(f"{scores['similarity']:.2f}" if "similarity" in scores else "")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    tiny = commands.add_parser("tiny", help="scores on the tiny world, and the similarity of its attention to the teacher's")
+    tiny = commands.add_parser(
+        "tiny", help="scores on the tiny world, and the similarity of its attention to the teacher's"
+    )
     tiny.add_argument("--model", required=True, help="checkpoint folder or hub name")
-    tiny.add_argument("--teacher", default=str(TINY / "teacher"), help="whose attention to compare with (default: %(default)s)")
-    tiny.add_argument("--world", type=Path, default=Path("out/world"), help="made if it is not there (default: %(default)s)")
-    tiny.add_argument("--scorer", choices=list(SCORERS), default="yes", help="of the caption pairs (default: %(default)s)")
+    tiny.add_argument(
+        "--teacher",
+        default=str(TINY / "teacher"),
+        help="whose attention to compare with (default: %(default)s)",
+    )
+    tiny.add_argument(
+        "--world", type=Path, default=Path("out/world"), help="made if it is not there (default: %(default)s)"
+    )
+    tiny.add_argument(
+        "--scorer", choices=list(SCORERS), default="yes", help="of the caption pairs (default: %(default)s)"
+    )
     tiny.add_argument("--limit", type=int, help="items per kind (default: all)")
     look = commands.add_parser("attention", help="a picture of where models look when they answer a question")
-    look.add_argument("--model", nargs="+", required=True, help="one or several checkpoint folders or hub names")
+    look.add_argument(
+        "--model", nargs="+", required=True, help="one or several checkpoint folders or hub names"
+    )
     look.add_argument("--image", type=Path, required=True)
     look.add_argument("--question", required=True)
-    look.add_argument("--save", type=Path, default=Path("attention.png"), help="PNG to write (default: %(default)s)")
+    look.add_argument(
+        "--save", type=Path, default=Path("attention.png"), help="PNG to write (default: %(default)s)"
+    )
     return parser.parse_args(argv)
 
 
@@ -274,7 +342,10 @@ def main(argv: list[str] | None = None) -> None:
             scores["similarity"] = attention_similarity(vlm, teacher, world)
             print(table({str(args.model): scores}))
         else:
-            models = {Path(name).name if len(args.model) == 1 else name: model.load(name, device=device) for name in args.model}
+            models = {
+                Path(name).name if len(args.model) == 1 else name: model.load(name, device=device)
+                for name in args.model
+            }
             attention_picture(models, [(args.image, args.question)], args.save)
             print(args.save)
     except BadInput as error:

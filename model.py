@@ -1,19 +1,17 @@
 """The multimodal model: SigLIP -> adapter -> Qwen1.5, and its checkpoints.
 
-    picture (N,3,S,S) -> vision features z (N,P,C_vision) -> adapter -> visual tokens (N,P,C)
-    ids (B,T), with P placeholders where the picture stands -> embeddings, visual tokens written into them -> Qwen
+    picture (N,3,S,S) -> vision features z (N,P,C_vision) -> adapter -> visual tokens (N,P,C) ids (B,T), with
+    P placeholders where the picture stands -> embeddings, visual tokens written into them -> Qwen
 
-The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H heads,
-D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
+The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
+heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
 
-Inside: VLM (forward, generate, answer), load, and the file layouts: our own, the released CompoDistill / TinyLLaVA
-layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only).
-"""
+Inside: VLM (forward, generate, answer), load, and the file layouts: our own, the released CompoDistill /
+TinyLLaVA layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only)."""
 
-import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +33,9 @@ class VLMConfig:
     vision: SiglipConfig
     text: QwenConfig
     vision_layer: int = -2  # which hidden state of the vision encoder is z
-    drop_first_patch: bool = False  # True in released checkpoints: meant for a CLS token, which SigLIP does not have
+    drop_first_patch: bool = (
+        False  # True in released checkpoints: meant for a CLS token, which SigLIP does not have
+    )
     image_token_index: int = IMAGE_TOKEN  # accepted in input_ids beside IMAGE_TOKEN
     taf_width: int | None = None  # width of the fetched teacher adapter; None = an adapter of one's own
     taf_gelu: bool = False
@@ -66,17 +66,21 @@ class VLM(nn.Module):
         self.lm = Qwen(c.text)
 
     @classmethod
-    def assemble(cls, vision: Siglip, lm: Qwen, tokenizer: Tokenizer, teacher: "VLM | None" = None) -> "VLM":
-        """A new model of given parts and a new, random adapter: its own, or with `teacher` the teacher's plus P_s (TAF)."""
-        config = VLMConfig(vision.config, lm.config)
-        if teacher is not None:
-            width = teacher.config.text.hidden_size
-            config = replace(teacher.config, text=lm.config, taf_width=width, taf_gelu=False)
+    def assemble(
+        cls, vision: Siglip, lm: Qwen, tokenizer: Tokenizer, teacher: "VLM | None" = None, taf: bool = False
+    ) -> "VLM":
+        """A model of given parts and a new, random adapter: its own or, with `taf`, the teacher's plus P_s.
+        With a teacher it reads the same visual tokens (layer, first patch) as the teacher does."""
+        base = VLMConfig(vision.config, lm.config) if teacher is None else teacher.config
+        width = teacher.config.text.hidden_size if taf else None
+        config = replace(base, vision=vision.config, text=lm.config, taf_width=width, taf_gelu=False)
         with torch.device("meta"):
             vlm = cls(config, tokenizer)
         vlm.vision, vlm.lm = vision, lm
-        own = Adapter(vision.config.hidden_size, lm.config.hidden_size) if teacher is None else None
-        vlm.adapter = own or TeacherAdapterFetch(teacher.adapter, width, lm.config.hidden_size)
+        if taf:
+            vlm.adapter = TeacherAdapterFetch(teacher.adapter, width, lm.config.hidden_size)
+        else:
+            vlm.adapter = Adapter(vision.config.hidden_size, lm.config.hidden_size)
         return vlm
 
     @property
@@ -87,8 +91,12 @@ class VLM(nn.Module):
     def device(self) -> torch.device:
         return self.lm.model.norm.weight.device
 
-    def image_features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N,3,S,S) -> z (N,P,C_vision), what the adapter reads."""
+    def image_features(self, pixel_values: Tensor | None) -> Tensor:
+        """pixel_values (N,3,S,S), or None for no picture at all (N = 0) -> z (N,P,C_vision), what the adapter reads."""
+        if pixel_values is None:
+            return self.lm.model.norm.weight.new_zeros(
+                0, self.num_image_tokens, self.config.vision.hidden_size
+            )
         z = self.vision(pixel_values.to(self.lm.model.norm.weight.dtype), layer=self.config.vision_layer)
         return z[:, 1:] if self.config.drop_first_patch else z
 
@@ -101,25 +109,33 @@ class VLM(nn.Module):
         visual_columns: Tensor | None = None,
         visual_tokens: Tensor | None = None,
     ) -> Output:
-        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> logits (B,T,V).
+        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> logits
+        (B,T,V).
 
-        attention_layers: whose attention to return, whole (B,H,T,T), or with visual_columns (B,P) reduced to the head
-        mean at those columns (B,T,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
-        """
+        attention_layers: whose attention to return, whole (B,H,T,T), or with visual_columns (B,P) reduced to
+        the head mean at those columns (B,T,P). visual_tokens (N,P,C), the adapter's output, stand in for
+        pixel_values."""
         embeds = self.embed(input_ids, pixel_values, visual_tokens)
         return self.lm(None, attention_mask, attention_layers, visual_columns, inputs_embeds=embeds)
 
-    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None) -> Tensor:
-        """-> (B,T,C): token embeddings, with the visual tokens written into the placeholders. The length never changes."""
+    def embed(
+        self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None
+    ) -> Tensor:
+        """-> (B,T,C): token embeddings, with the visual tokens written into the placeholders. The length
+        never changes."""
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.adapter(self.image_features(pixel_values))
         placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
         N, P = (0, self.num_image_tokens) if visual_tokens is None else visual_tokens.shape[:2]
         per_row = placeholder.sum(1)
-        if P != self.num_image_tokens or per_row.sum() != N * P or bool(((per_row != 0) & (per_row != P)).any()):
+        if (
+            P != self.num_image_tokens
+            or per_row.sum() != N * P
+            or bool(((per_row != 0) & (per_row != P)).any())
+        ):
             raise ValueError(
-                f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual tokens each were "
-                f"given, and this model has {self.num_image_tokens} a picture"
+                f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual "
+                f"tokens each were given, and this model has {self.num_image_tokens} a picture"
             )
         embeds = self.lm.model.embed_tokens(input_ids.masked_fill(placeholder, 0))
         if visual_tokens is not None:
@@ -138,20 +154,23 @@ class VLM(nn.Module):
     ) -> Tensor:
         """-> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled above it.
 
-        A row ends with any of `stop_ids` (default: the tokenizer's end of text) and is filled up with the first of them.
-        Rows of unequal length, padded on either side, give the same tokens as alone.
-        """
+        A row ends with any of `stop_ids` (default: the tokenizer's end of text) and is filled up with the
+        first of them. Rows of unequal length, padded on either side, give the same tokens as alone."""
         if stop_ids is None:
             stop_ids = [] if self.tokenizer is None else [self.tokenizer.token_to_id(data.END_OF_TEXT)]
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        mask = (
+            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        )
         last = mask.long().cumsum(1).argmax(1)  # each row's last real token
         cache, new = Cache(len(self.lm.model.layers)), []
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             hidden, _ = self.lm.hidden(None, mask, (), None, embeds, cache)
-            logits = self.lm.head(hidden[torch.arange(len(hidden)), last]).float()  # (B,V), read at one position a row
+            logits = self.lm.head(
+                hidden[torch.arange(len(hidden)), last]
+            ).float()  # (B,V), read at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
                 token = torch.where(done, stops[0], token)
@@ -166,16 +185,25 @@ class VLM(nn.Module):
     def answer(self, image: Image.Image | str | Path | None, question: str, max_new_tokens: int = 128) -> str:
         """One question, about one picture or none, answered greedily."""
         if self.tokenizer is None:
-            raise BadInput("this checkpoint has no tokenizer.json; put its language model's beside config.json and load again")
+            raise BadInput(
+                "this checkpoint has no tokenizer.json; copy its language model's beside config.json"
+            )
         mark = "" if image is None else data.IMAGE_MARK + "\n"
-        ids = data.encode_prompt([{"from": "human", "value": mark + question}], self.tokenizer, self.num_image_tokens)
-        pixels = None if image is None else data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
+        ids = data.encode_prompt(
+            [{"from": "human", "value": mark + question}], self.tokenizer, self.num_image_tokens
+        )
+        pixels = (
+            None
+            if image is None
+            else data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
+        )
         ids = torch.tensor([ids], device=self.device)
         new = self.generate(ids, pixels, max_new_tokens=max_new_tokens)[0].tolist()
         return self.tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def save(self, folder: str | Path, layout: str = "native") -> None:
-        """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill / TinyLLaVA)."""
+        """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill /
+        TinyLLaVA)."""
         if layout not in ("native", "released"):
             raise BadInput(f"layout {layout!r} is not known; choose native or released")
         if layout == "released" and self.config.taf_gelu:
@@ -196,13 +224,16 @@ def _sample(logits: Tensor) -> Tensor:
 
 MODEL_TYPE = "nanocompodistill"
 
-# One row per layout: beginning of a tensor's name in the file -> beginning of its name here. First match counts.
+# How a tensor's name begins in a file -> how it begins in Adapter.
 ADAPTER_LAYOUTS = {
     "connector._connector.0.": "linear_1.",
     "connector._connector.2.": "linear_2.",
     "multi_modal_projector.": "",
 }
-VISION_PREFIXES = ("vision_tower._vision_tower.", "vision_tower.")  # released, HF; then as in a plain SigLIP file
+VISION_PREFIXES = (
+    "vision_tower._vision_tower.",
+    "vision_tower.",
+)  # released, HF; then as in a plain SigLIP file
 
 
 def load(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VLM:
@@ -223,26 +254,44 @@ def read_config(folder: Path) -> VLMConfig:
     file = folder / "config.json"
     config = read_json(file)
     kind = config.get("model_type")
-    if kind not in (MODEL_TYPE, "compodistill", "llava") or not {"text_config", "vision_config"} <= config.keys():
+    if (
+        kind not in (MODEL_TYPE, "compodistill", "llava")
+        or not {"text_config", "vision_config"} <= config.keys()
+    ):
         raise BadInput(
-            f"{file}: model_type {kind!r} is not a multimodal checkpoint that can be read here ({MODEL_TYPE}, compodistill "
-            "and llava with text_config and vision_config are); a plain language or vision model goes through "
-            "qwen.Qwen.load or siglip.Siglip.load"
+            f"{file}: model_type {kind!r} is no multimodal checkpoint (nanocompodistill, compodistill or "
+            "llava, with text_config and vision_config); plain ones go through Qwen.load or Siglip.load"
         )
     base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
-    if config.get("tie_word_embeddings") and not any(n.endswith("lm_head.weight") for n in tensor_names(folder)):
-        base = replace(base, text=replace(base.text, tie_word_embeddings=True))  # transformers 5 says it on top only
-    select, layer = config.get("vision_feature_select_strategy", "default"), config.get("vision_feature_layer", -2)
+    if config.get("tie_word_embeddings") and not any(
+        n.endswith("lm_head.weight") for n in tensor_names(folder)
+    ):
+        base = replace(
+            base, text=replace(base.text, tie_word_embeddings=True)
+        )  # transformers 5 says it on top only
+    select, layer = (
+        config.get("vision_feature_select_strategy", "default"),
+        config.get("vision_feature_layer", -2),
+    )
     depth = base.vision.num_hidden_layers
     if not isinstance(select, str) or select not in SELECT or layer not in range(-depth - 1, depth + 1):
-        raise BadInput(f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported")
-    if config.get("multimodal_projector_bias") is False or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu":
+        raise BadInput(
+            f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported"
+        )
+    if (
+        config.get("multimodal_projector_bias") is False
+        or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu"
+    ):
         raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")
     if config.get("projector_hidden_act", "gelu") != "gelu":
-        raise BadInput(f"{file}: projector_hidden_act {config['projector_hidden_act']!r} is not supported, only gelu")
+        raise BadInput(
+            f"{file}: projector_hidden_act {config['projector_hidden_act']!r} is not supported, only gelu"
+        )
     taf = config.get("post_connector_use", False)
     if taf and not isinstance(config.get("connector_hidden_size"), int):
-        raise BadInput(f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter")
+        raise BadInput(
+            f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter"
+        )
     return replace(
         base,
         vision_layer=layer,
@@ -253,7 +302,7 @@ def read_config(folder: Path) -> VLMConfig:
     )
 
 
-# Does the word drop the first patch? "patch" and "cls_patch" are the released code's, "default" and "full" HF LLaVA's.
+# Does the word drop the first patch? "patch" and "cls_patch" are the released code's, the others HF LLaVA's.
 SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
 
 
@@ -266,7 +315,12 @@ def _native_config(c: VLMConfig) -> dict:
 
 
 def _released_config(c: VLMConfig) -> dict:
-    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False, **asdict(c.text)}
+    text = {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "use_sliding_window": False,
+        **asdict(c.text),
+    }
     return {
         "architectures": ["CompoDistillForConditionalGeneration"],
         "model_type": "compodistill",
@@ -321,4 +375,6 @@ def _to_released(c: VLMConfig):
         "adapter.student.": "connector.post_connector.",
         "vision.": "vision_tower._vision_tower.vision_model.",
     }
-    return lambda name: next(theirs + name.removeprefix(ours) for ours, theirs in table.items() if name.startswith(ours))
+    return lambda name: next(
+        theirs + name.removeprefix(ours) for ours, theirs in table.items() if name.startswith(ours)
+    )

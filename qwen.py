@@ -2,20 +2,21 @@
 
     ids (B,T) -> embeddings (B,T,C) -> L pre-norm blocks (attention, SwiGLU) -> RMSNorm -> logits (B,T,V)
 
-q/k/v have a bias, nothing else has; rotary positions; RMSNorm; keys and values may be shared by groups of heads; the
-output head may be tied to the embedding. Left out on purpose: sliding windows (use_sliding_window is false in every
-Qwen1.5 checkpoint; true is an error), rope scaling, mixture of experts, dropout.
+q/k/v have a bias, nothing else has; rotary positions; RMSNorm; keys and values may be shared by groups of
+heads; the output head may be tied to the embedding. Left out on purpose: sliding windows (use_sliding_window
+is false in every Qwen1.5 checkpoint; true is an error), rope scaling, mixture of experts, dropout.
 
 Two ways through attention, on the same mask: torch's SDPA where nobody looks, and the plain softmax(QK^T) in
 `attention_layers`, where somebody does (distillation, pictures). tests/test_qwen.py equates them.
 
-Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads, D head dim, C width, P visual tokens,
-V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers' models/qwen2/modeling_qwen2.py.
-"""
+Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads, D head dim, C width, P
+visual tokens, V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers'
+models/qwen2/modeling_qwen2.py."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,26 +41,36 @@ class QwenConfig:
 
     @classmethod
     def from_hf(cls, config: dict, file: Path) -> "QwenConfig":
-        """From a Hugging Face config.json of transformers 4 or 5, whole (`text_config` inside) or the language part alone."""
+        """From a Hugging Face config.json of transformers 4 or 5, whole (`text_config` inside) or the
+        language part alone."""
         config = section(config, "text_config", file)
         if config.get("model_type") != "qwen2":
-            raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5")
-        rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)  # transformers 5
+            raise BadInput(
+                f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5"
+            )
+        rope = section(
+            {"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file
+        )  # transformers 5
         scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
         scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
         if config.get("use_sliding_window") or scaled or config.get("hidden_act", "silu") != "silu":
-            raise BadInput(f"{file}: sliding windows, rope scaling and activations other than silu are not supported")
-        c = to_dataclass(cls, {"rope_theta": rope.get("rope_theta"), **config}, file)  # 4.x wrote rope_theta here
+            raise BadInput(
+                f"{file}: sliding windows, rope scaling and activations other than silu are not supported"
+            )
+        c = to_dataclass(
+            cls, {"rope_theta": rope.get("rope_theta"), **config}, file
+        )  # 4.x wrote rope_theta here
         if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
             raise BadInput(
-                f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} key heads do not "
-                "divide one another"
+                f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} "
+                "key heads do not divide one another"
             )
         return c
 
 
 class Output(NamedTuple):
-    """What a forward pass gives. attentions: {layer: (B,H,T,S)}, or {layer: (B,T,P)} where visual columns were asked for."""
+    """What a forward pass gives. attentions: {layer: (B,H,T,S)}, or {layer: (B,T,P)} where visual columns
+    were asked for."""
 
     logits: Tensor  # (B,T,V)
     attentions: dict[int, Tensor]
@@ -78,7 +89,8 @@ class RMSNorm(nn.Module):
 
 
 def rope_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """positions (B,T) -> cos, sin (B,1,T,D): the angle of channel pair (i, i + D/2) is position * theta^(-2i/D)."""
+    """positions (B,T) -> cos, sin (B,1,T,D): the angle of channel pair (i, i + D/2) is position *
+    theta^(-2i/D)."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,D/2)
     return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
@@ -166,7 +178,8 @@ class Decoder(nn.Module):
 
 
 class Cache:
-    """Keys and values of the tokens so far, one [k, v] per layer, each (B,H,S,D), and which of them are padding."""
+    """Keys and values of the tokens so far, one [k, v] per layer, each (B,H,S,D), and which of them are
+    padding."""
 
     def __init__(self, num_layers: int):
         self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
@@ -181,7 +194,11 @@ class Qwen(nn.Module):
         self.config = config
         self.model = Decoder(config)
         # A tied head is the embedding matrix: no parameter of its own, in memory as in the file.
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     def forward(
         self,
@@ -192,35 +209,47 @@ class Qwen(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Output:
-        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and the maps of `attention_layers`:
-        whole (B,H,T,S), or with visual_columns (B,P) their head mean at those columns (B,T,P).
+        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and the maps of
+        `attention_layers`: whole (B,H,T,S), or with visual_columns (B,P) their head mean at those columns
+        (B,T,P).
 
         attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
         """
-        x, attentions = self.hidden(input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache)
+        x, attentions = self.hidden(
+            input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache
+        )
         return Output(self.head(x), attentions)
 
     def hidden(self, input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache):
         """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if outside := [i for i in attention_layers if not 0 <= i < len(self.model.layers)]:
-            raise ValueError(f"attention_layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}")
+            raise ValueError(
+                f"attention_layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}"
+            )
         positions, mask = self._positions_and_mask(x, attention_mask, cache)
-        rope = rope_angles(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta)
+        rope = rope_angles(
+            positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
+        )
         attentions = {}
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             x, attention = layer(x, rope, mask, layer_cache, look=i in attention_layers)
             if attention is not None:
-                attentions[i] = attention if visual_columns is None else visual_columns_of(attention, visual_columns)
+                attentions[i] = (
+                    attention if visual_columns is None else visual_columns_of(attention, visual_columns)
+                )
         return self.model.norm(x), attentions
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
         return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
-    def _positions_and_mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
-        """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may see."""
+    def _positions_and_mask(
+        self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor, Tensor]:
+        """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may
+        see."""
         B, T = x.shape[:2]
         visible = attention_mask.bool() if attention_mask is not None else x.new_ones(B, T, dtype=torch.bool)
         if cache is not None:
@@ -239,6 +268,8 @@ class Qwen(nn.Module):
         config = QwenConfig.from_hf(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
             lm = cls(config)
-        drop = "lm_head." if config.tie_word_embeddings else ()  # some tied files still carry a copy of the embedding
+        drop = (
+            "lm_head." if config.tie_word_embeddings else ()
+        )  # some tied files still carry a copy of the embedding
         load_weights(lm, folder, lambda name: None if name.startswith(drop) else name, dtype, device)
         return lm.eval()

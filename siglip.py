@@ -1,9 +1,11 @@
-"""SigLIP's vision encoder, with Hugging Face's parameter names, so that loading is a prefix filter and a strict load.
+"""SigLIP's vision encoder, with Hugging Face's parameter names, so that loading is a prefix filter and a
+strict load.
 
     pixels (N,3,S,S) -> patches (N,P,C) -> L pre-norm transformer blocks -> features (N,P,C)
 
-No CLS token; P = (S // patch_size)^2. Left out on purpose, and dropped when a checkpoint is read: the text tower, the
-attention-pooling head, logit scale and bias. Shapes: N images, P patches, C width, H heads, D = C / H.
+No CLS token; P = (S // patch_size)^2. Left out on purpose, and dropped when a checkpoint is read: the text
+tower, the attention-pooling head, logit scale and bias. Shapes: N images, P patches, C width, H heads, D = C
+/ H.
 
 References: Zhai et al. 2023 (arXiv 2303.15343); the parameter names are those of transformers'
 models/siglip/modeling_siglip.py.
@@ -26,7 +28,9 @@ class SiglipConfig:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     image_size: int = 224  # pixels, square
-    patch_size: int = 16  # pixels, square; patches do not overlap, and what is left over at the edge is not seen
+    patch_size: int = (
+        16  # pixels, square; patches do not overlap, and what is left over at the edge is not seen
+    )
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
     hidden_act: str = "gelu_pytorch_tanh"
@@ -38,7 +42,9 @@ class SiglipConfig:
         if config.get("model_type") not in ("siglip_vision_model", "siglip"):
             raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not a SigLIP vision model")
         if config.get("hidden_act", cls.hidden_act) != cls.hidden_act:
-            raise BadInput(f"{file}: hidden_act {config['hidden_act']!r} is not supported, only {cls.hidden_act}")
+            raise BadInput(
+                f"{file}: hidden_act {config['hidden_act']!r} is not supported, only {cls.hidden_act}"
+            )
         c = to_dataclass(cls, config, file)  # fields that a file leaves out have transformers' own defaults
         if c.hidden_size % c.num_attention_heads:
             raise BadInput(f"{file}: {c.num_attention_heads} heads do not divide a width of {c.hidden_size}")
@@ -54,11 +60,15 @@ class Embeddings(nn.Module):
 
     def __init__(self, c: SiglipConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size)
+        self.patch_embedding = nn.Conv2d(
+            c.num_channels, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size
+        )
         self.position_embedding = nn.Embedding(c.num_patches, c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (N,C,S/p,S/p) -> (N,P,C), row by row
+        x = (
+            self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
+        )  # (N,C,S/p,S/p) -> (N,P,C), row by row
         return x + self.position_embedding.weight
 
 
@@ -68,7 +78,9 @@ class Attention(nn.Module):
     def __init__(self, c: SiglipConfig):
         super().__init__()
         self.num_heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
@@ -126,7 +138,9 @@ class Siglip(nn.Module):
             raise ValueError(f"layer {layer} is outside the {num_layers + 1} hidden states of this encoder")
         size = self.config.image_size
         if pixel_values.shape[1:] != (self.config.num_channels, size, size):
-            raise ValueError(f"pictures of shape {tuple(pixel_values.shape)}, but this encoder takes (N,3,{size},{size})")
+            raise ValueError(
+                f"pictures of shape {tuple(pixel_values.shape)}, but this encoder takes (N,3,{size},{size})"
+            )
         x = self.embeddings(pixel_values)
         for block in self.encoder.layers[:depth]:
             x = block(x)
@@ -134,7 +148,8 @@ class Siglip(nn.Module):
 
     @classmethod
     def load(cls, folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Siglip":
-        """From a plain checkpoint: a whole SiglipModel, or a vision model with or without the `vision_model.` prefix."""
+        """From a plain checkpoint: a whole SiglipModel, or a vision model with or without the `vision_model.`
+        prefix."""
         folder = find(folder)
         config = SiglipConfig.from_hf(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
@@ -144,6 +159,7 @@ class Siglip(nn.Module):
 
 
 def rename(name: str) -> str | None:
-    """A tensor's name in a plain SigLIP checkpoint -> its name in Siglip; None for what is dropped on purpose."""
+    """A tensor's name in a plain SigLIP checkpoint -> its name in Siglip; None for what is dropped on
+    purpose."""
     name = name.removeprefix("vision_model.")
     return None if name.startswith(("head.", "text_model.", "logit_scale", "logit_bias")) else name

@@ -1,13 +1,13 @@
 """Training: the three stages of CompoDistill, its baselines, and the tiny world on one command.
 
-    python train.py                                     # the tiny world: four students, scores, a table and a picture
-    torchrun --nproc-per-node 2 train.py --stage 2      # one stage; the stage before is found under --out
+    python train.py                                  # the tiny world: four students, a table and a picture
+    torchrun --nproc-per-node 2 train.py --stage 2   # one stage; the stage before is found under --out
 
-    stage   trains                             loss                what it makes
-    0a, 0b  adapter; adapter + LM              L_LM                a teacher (--stage 0 runs both)
-    1 DPT   adapter (with TAF: P_s)            L_LM + L_KL         a student that reads the teacher's visual tokens
-    2 DFT   adapter + LM                       L_LM + L_KL + L_ADL a student that looks where the teacher looks
-    3 SFT   adapter + LM                       L_LM                the student, finished
+    stage   trains                     loss                  what it makes
+    0a, 0b  adapter; adapter + LM      L_LM                  a teacher (--stage 0 runs both)
+    1 DPT   adapter (with TAF: P_s)    L_LM + L_KL           a student that reads the teacher's visual tokens
+    2 DFT   adapter + LM               L_LM + L_KL + L_ADL   a student that looks where the teacher looks
+    3 SFT   adapter + LM               L_LM                  the student, finished
 
 Read top to bottom: arguments, one step (class Step), one stage (train_stage), the tiny world (tiny_world).
 """
@@ -42,7 +42,9 @@ METHODS = {
     "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),
     "kd": dict(taf=False, kl_weight=1.0, vat_loss="none"),
     "compodistill": dict(taf=True, kl_weight=1.0, vat_loss="cosine"),
-    "released": dict(taf=True, kl_weight=1.0, vat_loss="released", layers="released"),  # as the released code has it
+    "released": dict(
+        taf=True, kl_weight=1.0, vat_loss="released", layers="released"
+    ),  # as the released code has it
 }
 # Defaults of the tiny world; the README's stage table has the paper's.
 STAGES = {
@@ -55,40 +57,93 @@ STAGES = {
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     run = parser.add_argument_group("run")
-    run.add_argument("--stage", choices=["0", "0a", "0b", "1", "2", "3"], help="one stage; without it: the tiny world")
-    run.add_argument("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
-    run.add_argument("--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')")
-    run.add_argument("--seed", type=int, default=0, help="of the data order and new weights (default: %(default)s)")
-    run.add_argument("--make-tiny", action="store_true", help="make the shipped tiny models again, into --out")
-    run.add_argument("--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)")
+    run.add_argument(
+        "--stage", choices=["0", "0a", "0b", "1", "2", "3"], help="one stage; without it: the tiny world"
+    )
+    run.add_argument(
+        "--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)"
+    )
+    run.add_argument(
+        "--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')"
+    )
+    run.add_argument(
+        "--seed", type=int, default=0, help="of the data order and new weights (default: %(default)s)"
+    )
+    run.add_argument(
+        "--make-tiny", action="store_true", help="make the shipped tiny models again, into --out"
+    )
+    run.add_argument(
+        "--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)"
+    )
 
     models = parser.add_argument_group("models: folders or hub names")
-    models.add_argument("--teacher", default=str(TINY / "teacher"), help="multimodal checkpoint (default: %(default)s)")
-    models.add_argument("--student", help="what the stage starts from (default: the previous stage's output; in stage 1 the "
-                        "plain language model tiny/student, in stage 0 tiny/teacher-lm)")
-    models.add_argument("--vision", help="SigLIP for a model that has none yet (default: the teacher's; in stage 0 tiny/vision)")
+    models.add_argument(
+        "--teacher", default=str(TINY / "teacher"), help="multimodal checkpoint (default: %(default)s)"
+    )
+    models.add_argument(
+        "--student",
+        help="what the stage starts from (default: the previous stage's output; in stage 1 the "
+        "plain language model tiny/student, in stage 0 tiny/teacher-lm)",
+    )
+    models.add_argument(
+        "--vision",
+        help="SigLIP of a model trained without a teacher: stage 0 and --method sft (default: tiny/vision)",
+    )
 
-    method = parser.add_argument_group("method: one flag per row of the paper's ablation tables (default: the method's own)")
-    method.add_argument("--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)")
+    method = parser.add_argument_group(
+        "method: one flag per row of the paper's ablation tables (default: the method's own)"
+    )
+    method.add_argument(
+        "--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)"
+    )
     method.add_argument("--taf", action=argparse.BooleanOptionalAction, help="fetch the teacher's adapter")
     method.add_argument("--kl-weight", type=float, help="weight of L_KL")
-    method.add_argument("--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss")
-    method.add_argument("--vat-weight", type=float, default=1.0, help="weight of L_ADL (default: %(default)s)")
-    method.add_argument("--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)")
-    method.add_argument("--vat-rows", action="store_true", help="cosine of each query row instead of the whole matrix")
-    method.add_argument("--layers", choices=["intermediate", "early", "later", "all", "released"], help="aligned layers")
-    method.add_argument("--matching", choices=["group", "simple", "adaptive"], default="group", help="(default: %(default)s)")
+    method.add_argument(
+        "--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss"
+    )
+    method.add_argument(
+        "--vat-weight", type=float, default=1.0, help="weight of L_ADL (default: %(default)s)"
+    )
+    method.add_argument(
+        "--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)"
+    )
+    method.add_argument(
+        "--vat-rows", action="store_true", help="cosine of each query row instead of the whole matrix"
+    )
+    method.add_argument(
+        "--layers", choices=["intermediate", "early", "later", "all", "released"], help="aligned layers"
+    )
+    method.add_argument(
+        "--matching", choices=["group", "simple", "adaptive"], default="group", help="(default: %(default)s)"
+    )
 
     optim = parser.add_argument_group("data and optimisation")
     optim.add_argument("--data", type=Path, help="LLaVA JSON (default: the tiny world's, made under --out)")
     optim.add_argument("--images", type=Path, help="folder that its picture paths start from")
-    optim.add_argument("--steps", type=int, help="optimizer steps (default: the stage's)")
-    optim.add_argument("--lr", type=float, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (default: the stage's)")
-    optim.add_argument("--batch-size", type=int, default=32, help="samples per device and micro-batch (default: %(default)s)")
-    optim.add_argument("--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)")
-    optim.add_argument("--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)")
+    optim.add_argument(
+        "--steps",
+        type=int,
+        help="optimizer steps (default: the stage's; without --stage: of stage 2, "
+        "the other stages in proportion)",
+    )
+    optim.add_argument(
+        "--lr",
+        type=float,
+        help="peak learning rate, after 3 %% warm-up, then cosine to 0 (default: the stage's)",
+    )
+    optim.add_argument(
+        "--batch-size", type=int, default=32, help="samples per device and micro-batch (default: %(default)s)"
+    )
+    optim.add_argument(
+        "--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)"
+    )
+    optim.add_argument(
+        "--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     for flag, value in {"layers": "intermediate", **METHODS[args.method]}.items():
         if getattr(args, flag, None) is None:
@@ -113,8 +168,12 @@ class Step(nn.Module):
         self.vat_loss = args.vat_loss if stage == "2" else "none"
         self.student_layers = self.teacher_layers = ()
         if self.vat_loss != "none":
-            self.student_layers = distill.choose_layers(args.layers, len(student.lm.model.layers), teacher=False)
-            self.teacher_layers = distill.choose_layers(args.layers, len(teacher.lm.model.layers), teacher=True)
+            self.student_layers = distill.choose_layers(
+                args.layers, len(student.lm.model.layers), teacher=False
+            )
+            self.teacher_layers = distill.choose_layers(
+                args.layers, len(teacher.lm.model.layers), teacher=True
+            )
             how = "group" if args.matching == "adaptive" else args.matching
             self.groups = distill.match_layers(self.student_layers, self.teacher_layers, how)
 
@@ -132,7 +191,9 @@ class Step(nn.Module):
 
         sums = {"lm": distill.lm_loss(s.logits, labels)[0]}
         if teacher is not None:
-            sums["kl"] = distill.kl_loss(s.logits, t.logits, labels, shifted=self.args.vat_loss != "released")[0]
+            sums["kl"] = distill.kl_loss(
+                s.logits, t.logits, labels, shifted=self.args.vat_loss != "released"
+            )[0]
         if self.vat_loss != "none":
             sums["adl"] = self.attention_loss(s.attentions, t.attentions, batch)
         return sums
@@ -148,7 +209,9 @@ class Step(nn.Module):
             t = distill.group_mean(teacher, self.groups)  # (k,B,T,P)
         if self.vat_loss == "released":  # visual rows only, too: (k,N,P,P)
             rows = batch["visual_columns"][:, :, None].expand(-1, -1, s.shape[-1])
-            s, t = (maps.gather(2, rows.expand(len(maps), -1, -1, -1))[:, batch["has_image"]] for maps in (s, t))
+            s, t = (
+                maps.gather(2, rows.expand(len(maps), -1, -1, -1))[:, batch["has_image"]] for maps in (s, t)
+            )
             return distill.released_attention_loss(s, t)[0]
         return distill.visual_attention_loss(s, t, queries, args.vat_loss, args.vat_rows)[0]
 
@@ -159,14 +222,17 @@ class Step(nn.Module):
         )
 
     def counts(self, batch: dict) -> Tensor:
-        """By what the sums of this batch are to be divided: (answer tokens, what L_ADL counts). Needs no forward pass."""
+        """By what the sums of this batch are to be divided: (answer tokens, what L_ADL counts). Needs no
+        forward pass."""
         answers = (batch["labels"][:, 1:] != data.IGNORE).sum()
         if self.vat_loss == "none":
             return torch.stack([answers, torch.zeros_like(answers)])
         if self.vat_loss == "released":
             return torch.stack([answers, batch["has_image"].sum()])
         k, P = len(self.student_layers), batch["visual_columns"].shape[1]
-        return torch.stack([answers, distill.attention_count(self.queries(batch), k, P, self.vat_loss, self.args.vat_rows)])
+        return torch.stack(
+            [answers, distill.attention_count(self.queries(batch), k, P, self.vat_loss, self.args.vat_rows)]
+        )
 
 
 # ---------------------------------------------------------------- one stage
@@ -181,8 +247,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank: int, ranks: int, seed: int):
-    """The sample indices of each of this rank's micro-batches. A global batch is the same samples whatever the number of
-    ranks and micro-batches is; every epoch is a new permutation."""
+    """The sample indices of each of this rank's micro-batches. A global batch is the same samples whatever
+    the number of ranks and micro-batches is; every epoch is a new permutation."""
     epoch, order = -1, []
     for micro in range(steps * accumulation):
         first = (micro * ranks + rank) * size
@@ -190,42 +256,51 @@ def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank:
         for position in range(first, first + size):
             if position // num_samples != epoch:
                 epoch = position // num_samples
-                order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+                order = torch.randperm(
+                    num_samples, generator=torch.Generator().manual_seed(seed + epoch)
+                ).tolist()
             indices.append(order[position % num_samples])
         yield indices
 
 
 def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[model.VLM, model.VLM | None]:
-    """-> the student that this stage starts from, and the frozen teacher (None where no loss and no part needs one)."""
+    """-> the student that this stage starts from, and its teacher, frozen, or None where nothing is distilled."""
     start = args.student or previous_output(stage, args)
+    distilled = args.kl_weight > 0 or args.vat_loss != "none"
     teacher = None
-    if stage not in ("0a", "0b"):
+    if stage in ("1", "2") and (args.taf or distilled):
         teacher = model.load(args.teacher, device=device).requires_grad_(False)
+        if args.vision:
+            raise BadInput(
+                "--vision is for stage 0 and --method sft: a distilled student has its teacher's eyes"
+            )
     if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
-        vision = Siglip.load(args.vision or TINY / "vision", device=device) if args.vision or not teacher else teacher.vision
-        lm = Qwen.load(start, device=device)
-        tokenizer = data.load_tokenizer(start)
-        student = model.VLM.assemble(vision, lm, tokenizer, teacher if args.taf and teacher else None)
+        vision = teacher.vision if teacher else Siglip.load(args.vision or TINY / "vision", device=device)
+        lm, tokenizer = Qwen.load(start, device=device), data.load_tokenizer(start)
+        student = model.VLM.assemble(vision, lm, tokenizer, teacher, taf=args.taf and teacher is not None)
     else:
         student = model.load(start, device=device)
     if teacher is not None:
         share_frozen(student, teacher, args.taf)
-    if teacher is not None and (stage == "3" or (args.kl_weight == 0 and args.vat_loss == "none")):
-        teacher = None  # its frozen parts live on in the student; nobody reads its logits
-    return student, teacher
+    return student, teacher if distilled else None
 
 
 def share_frozen(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
-    """Make the student use the teacher's own vision encoder and, with TAF, adapter: one copy in memory, run once for both."""
+    """Make the student use the teacher's own vision encoder and, with TAF, adapter: one copy in memory, run
+    once for both."""
     pairs = [("vision encoder", student.vision, teacher.vision)]
     if taf:
         if not isinstance(student.adapter, distill.TeacherAdapterFetch):
-            raise BadInput("this student has an adapter of its own; give --no-taf, or a student whose stage 1 ran with --taf")
+            raise BadInput(
+                "this student has an adapter of its own; give --no-taf, or run its stage 1 with --taf"
+            )
         pairs.append(("fetched adapter", student.adapter.teacher, teacher.adapter))
     for name, ours, theirs in pairs:
         ours, theirs = ours.state_dict(), theirs.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
-            raise BadInput(f"the student's {name} is not the teacher's: both must come from the same --teacher")
+            raise BadInput(
+                f"the student's {name} is not the teacher's: both must come from the same --teacher"
+            )
     student.vision = teacher.vision
     if taf:
         student.adapter.teacher = teacher.adapter
@@ -242,32 +317,68 @@ def previous_output(stage: str, args: argparse.Namespace) -> str:
     return str(folder)
 
 
+def optimizer_step(
+    module: nn.Module,
+    step_module: Step,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict],
+    ranks: int,
+) -> tuple[dict[str, Tensor], float]:
+    """One step over all micro-batches of all ranks -> this rank's share of each loss, unweighted, and the gradient norm.
+
+    Sums are divided once, by counts over everything, because a mean of means is another gradient where the number of
+    answer tokens varies. DDP averages gradients over the ranks, hence `ranks *`. module is step_module, or its DDP wrapper.
+    """
+    args = step_module.args
+    weights = {"lm": 1.0, "kl": args.kl_weight, "adl": args.vat_weight}
+    counts = torch.stack([step_module.counts(batch) for batch in micro_batches]).sum(0)
+    if ranks > 1:
+        dist.all_reduce(counts)
+    answers, attended = counts.clamp(min=1)
+    count = {"lm": answers, "kl": answers, "adl": attended}
+    losses = {}
+    for i, batch in enumerate(micro_batches):
+        last = (
+            i == len(micro_batches) - 1
+        )  # gradients travel between the ranks once, with the last micro-batch
+        with nullcontext() if ranks == 1 or last else module.no_sync():
+            parts = {name: total / count[name] for name, total in module(batch).items()}
+            (ranks * sum(weights[name] * part for name, part in parts.items())).backward()
+        losses = {name: losses.get(name, 0) + part.detach() for name, part in parts.items()}
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return losses, norm.item()
+
+
 def train_stage(stage: str, args: argparse.Namespace) -> Path:
-    """Train one stage and save the model; -> its folder, out/name/stageN. Runs on one device or under torchrun."""
+    """Train one stage, on one device or under torchrun, and save the model; -> its folder, out/name/stageN."""
     rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
-    defaults = STAGES[stage]
-    steps, peak = args.steps or defaults["steps"], args.lr or defaults["lr"]
+    steps, peak = args.steps or STAGES[stage]["steps"], args.lr or STAGES[stage]["lr"]
     out = args.out / args.name / f"stage{stage}"
     if out.exists() and any(out.iterdir()):
         raise BadInput(f"{out} exists already; remove it, or choose another --out or --name")
 
-    # models: everything is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model
+    # models: all is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model
     torch.manual_seed(args.seed)
     student, teacher = load_models(stage, args, device)
     student.requires_grad_(False).train()
-    (student.adapter.student if teacher_adapter(student) else student.adapter).requires_grad_(True)
+    taf = isinstance(student.adapter, distill.TeacherAdapterFetch)
+    (student.adapter.student if taf else student.adapter).requires_grad_(True)
     student.lm.requires_grad_(stage not in ("0a", "1"))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     step_module = Step(student, teacher, stage, args)
-    wrapped = DistributedDataParallel(step_module) if ranks > 1 else step_module
+    module = DistributedDataParallel(step_module) if ranks > 1 else step_module
 
     # data
-    world = data.make_world(args.out / "world") if args.data is None and rank == 0 else args.out / "world"
+    world = args.out / "world"
+    if args.data is None and rank == 0:
+        data.make_world(world)
     if ranks > 1:
         dist.barrier()
     dataset = data.LlavaDataset(
-        args.data or world / f"{defaults['data']}.json",
+        args.data or world / f"{STAGES[stage]['data']}.json",
         args.images or world / "images",
         student.tokenizer,
         student.num_image_tokens,
@@ -275,66 +386,48 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
         template="pretrain" if stage == "0a" else "chat",
     )
     indices = batches_of(len(dataset), steps, args.accumulation, args.batch_size, rank, ranks, args.seed)
-    loader = iter(
-        DataLoader(dataset, batch_sampler=list(indices), collate_fn=data.collate, num_workers=args.workers)
+    loader = DataLoader(
+        dataset, batch_sampler=list(indices), collate_fn=data.collate, num_workers=args.workers
     )
+    batches = iter(loader)
 
-    weights = {"lm": 1.0, "kl": args.kl_weight, "adl": args.vat_weight}
+    # loop
     out.parent.mkdir(parents=True, exist_ok=True)
     log = open(out.parent / f"stage{stage}.jsonl", "w") if rank == 0 else None
-    bar = tqdm(total=steps, desc=f"{args.name} stage {stage}", disable=rank != 0 or args.quiet, dynamic_ncols=True)
+    bar = tqdm(
+        total=steps, desc=f"{args.name} stage {stage}", disable=rank != 0 or args.quiet, dynamic_ncols=True
+    )
     started = time.time()
     for step in range(steps):
-        micro_batches = [to_device(next(loader), device) for _ in range(args.accumulation)]
-        counts = torch.stack([step_module.counts(batch) for batch in micro_batches]).sum(0)
-        if ranks > 1:
-            dist.all_reduce(counts)
-        answers, attended = counts.clamp(min=1).tolist()
-        totals = {}
-        for i, batch in enumerate(micro_batches):
-            last = i == len(micro_batches) - 1
-            with wrapped.no_sync() if ranks > 1 and not last else nullcontext():
-                sums = wrapped(batch)
-                # Sums over all micro-batches and ranks, divided once; DDP averages over the ranks, hence `ranks *`.
-                loss = sum(
-                    weights[name] * total / (attended if name == "adl" else answers) for name, total in sums.items()
-                )
-                (ranks * loss).backward()
-            for name, total in sums.items():
-                totals[name] = totals.get(name, 0) + total.detach()
-        norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+        micro_batches = [to_device(next(batches), device) for _ in range(args.accumulation)]
+        losses, norm = optimizer_step(module, step_module, optimizer, micro_batches, ranks)
         bar.update()
-        if (step + 1) % args.log_every == 0 or step in (0, steps - 1):
-            values = torch.stack(list(totals.values()))
-            if ranks > 1:
-                dist.all_reduce(values)
-            losses = {
-                name: value / (attended if name == "adl" else answers) for name, value in zip(totals, values.tolist())
-            }
-            if not math.isfinite(sum(losses.values())):
-                raise BadInput(f"{out}: a loss is no longer finite at step {step + 1}: {losses}; lower --lr")
-            if rank == 0:
-                row = {"step": step + 1, **losses, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm.item(),
-                       "seconds": round(time.time() - started, 2)}
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in losses.items()))
+        if (step + 1) % args.log_every and step not in (0, steps - 1):
+            continue
+        values = torch.stack(list(losses.values()))
+        if ranks > 1:
+            dist.all_reduce(values)
+        losses = dict(zip(losses, values.tolist()))
+        if not math.isfinite(sum(losses.values())):
+            raise BadInput(
+                f"{out}: a loss is not finite at step {step + 1} ({losses}); lower --lr, look at the data"
+            )
+        if rank == 0:
+            row = {"step": step + 1, **losses, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
+            log.write(json.dumps(row | {"seconds": round(time.time() - started, 2)}) + "\n")
+            log.flush()
+            if not args.quiet:
+                terms = "  ".join(f"{name} {value:8.4f}" for name, value in losses.items())
+                tqdm.write(f"step {step + 1:>6}/{steps}  {terms}  lr {row['lr']:.2e}  norm {norm:8.3f}")
     bar.close()
     if rank == 0:
+        log.close()
         student.eval().save(out)
     if ranks > 1:
         dist.barrier()
     return out
-
-
-def teacher_adapter(student: model.VLM) -> bool:
-    """Does this student read through a fetched adapter (TAF)?"""
-    return isinstance(student.adapter, distill.TeacherAdapterFetch)
 
 
 def pick_device() -> str:
@@ -375,7 +468,8 @@ STUDENTS = {
 
 
 def tiny_world(args: argparse.Namespace) -> None:
-    """Train and score the four students, as many at a time as there are cores, then print a table and draw a picture."""
+    """Train and score the four students, as many at a time as there are cores, then print a table and draw a
+    picture."""
     import eval as evaluation
 
     for name in STUDENTS:
@@ -387,12 +481,15 @@ def tiny_world(args: argparse.Namespace) -> None:
     threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
     spawn = torch.multiprocessing.get_context("spawn")
     common = ["--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
-    common += ["--steps", str(args.steps)] if args.steps else []
+    share = (args.steps or STAGES["2"]["steps"]) / STAGES["2"]["steps"]
+    steps = {stage: max(1, round(share * STAGES[stage]["steps"])) for stage in "123"}
     waiting = {}
-    for name, flags in STUDENTS.items():
+    for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
         print(f"  {name:<18} python train.py --stage 1|2|3 --name {name} {flags}")
-        waiting[name] = spawn.Process(target=student_process, args=([*common, "--name", name, *flags.split()], threads))
-    running, total = [], len(STUDENTS) * sum(args.steps or STAGES[stage]["steps"] for stage in "123")
+        waiting[name] = spawn.Process(
+            target=student_process, args=([*common, "--name", name, *flags.split()], steps, threads)
+        )
+    running, total = [], len(STUDENTS) * sum(steps.values())
     with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -414,11 +511,14 @@ def tiny_world(args: argparse.Namespace) -> None:
     (args.out / "results.md").write_text(text + "\n")
     (args.out / "results.json").write_text(json.dumps(rows, indent=1))
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    evaluation.attention_picture(models, evaluation.tiny_cases(args.out / "world"), args.out / "attention.png")
-    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {(time.time() - started) / 60:.1f} minutes")
+    evaluation.attention_picture(
+        models, evaluation.tiny_cases(args.out / "world"), args.out / "attention.png"
+    )
+    minutes = (time.time() - started) / 60
+    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
 
 
-def student_process(argv: list[str], threads: int) -> None:
+def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
     """One student: stages 1, 2 and 3, then its scores."""
     import eval as evaluation
 
@@ -426,7 +526,7 @@ def student_process(argv: list[str], threads: int) -> None:
     args = parse_args(argv)
     args.quiet = True
     try:
-        for stage in "123":
+        for stage, args.steps in steps.items():
             folder = train_stage(stage, args)
         student, teacher = model.load(folder), model.load(args.teacher)
         scores = evaluation.tiny_scores(student, args.out / "world")

@@ -288,6 +288,7 @@ def test_index_pointing_outside_its_folder(form, folder):
 
 # ---------------------------------------------------------------- odd values in sound JSON
 
+
 # strict: the day these are refused in one sentence, this mark has to go
 @pytest.mark.parametrize(
     "change",

@@ -310,7 +310,7 @@ def test_assembled_of_parts(with_teacher, drop, tmp_path):
     """Of a narrower teacher: the parts are those given, and it is saved and loaded like any other."""
     teacher = tiny(drop_first_patch=drop, text=dict(hidden_size=16)) if with_teacher else None
     parts = tiny(drop_first_patch=drop)
-    vlm = VLM.assemble(parts.vision, parts.lm, tiny_tokenizer(), teacher).eval()
+    vlm = VLM.assemble(parts.vision, parts.lm, tiny_tokenizer(), teacher, taf=with_teacher).eval()
     assert vlm.vision is parts.vision and vlm.lm is parts.lm
     assert vlm.config.drop_first_patch == (drop and with_teacher)  # the adapter's habit
     ids = torch.tensor([[1, 2] + PICTURE[: vlm.num_image_tokens] + [3, 4]])

@@ -1,15 +1,16 @@
-"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER` (see the README for its time).
+"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER` (see the
+README for its time).
 
-    tokenizer           byte-level BPE of the tiny world's words
-    vision              SigLIP, pre-trained to say what is centred in each patch and where the patch is; then frozen
-    teacher-lm, student plain Qwen language models, pre-trained on the tiny world's text without any picture
-    teacher             stage 0a and 0b of train.py on vision and teacher-lm
+tokenizer           byte-level BPE of the tiny world's words
+vision              SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
+teacher-lm, student plain Qwen language models, pre-trained on the tiny world's text without any picture
+teacher             stage 0a and 0b of train.py on vision and teacher-lm
 """
 
 import argparse
 import random
 import shutil
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +19,17 @@ from tqdm import tqdm
 
 import data
 from checkpoint import write_folder
-from dataclasses import asdict
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
 from train import learning_rate, train_stage
 
 VISION = SiglipConfig(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=40, patch_size=10
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=40,
+    patch_size=10,
 )
 SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so two groups of two
     "teacher-lm": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2),
@@ -44,21 +49,31 @@ def make_tiny(args: argparse.Namespace) -> None:
     write_folder(args.out / "vision", tensors, {"model_type": "siglip_vision_model", **asdict(VISION)})
     for name, size in SIZES.items():
         config = QwenConfig(
-            vocab_size=tokenizer.get_vocab_size(), num_key_value_heads=size["num_attention_heads"], rope_theta=1e6,
-            tie_word_embeddings=True, max_position_embeddings=1024, **size,
+            vocab_size=tokenizer.get_vocab_size(),
+            num_key_value_heads=size["num_attention_heads"],
+            rope_theta=1e6,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            **size,
         )
         lm = Qwen(config)
         pretrain_text(lm, tokenizer, args.seed, name)
         write_folder(args.out / name, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
 
-    args.student, args.vision, args.name, args.method = str(args.out / "teacher-lm"), str(args.out / "vision"), "stages", "sft"
+    args.student, args.vision, args.name, args.method = (
+        str(args.out / "teacher-lm"),
+        str(args.out / "vision"),
+        "stages",
+        "sft",
+    )
     train_stage("0a", args)
     args.student = None
     shutil.move(train_stage("0b", args), args.out / "teacher")
 
 
 def spread(module: nn.Module) -> None:
-    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster from it than from 0.02."""
+    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster from it than from
+    0.02."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -67,7 +82,8 @@ def spread(module: nn.Module) -> None:
 
 
 def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
-    """From the features the models read (hidden state -2): which of 12 objects or none, which column, which row."""
+    """From the features the models read (hidden state -2): which of 12 objects or none, which column, which
+    row."""
     spread(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
     none, side = len(kinds), data.GRID
@@ -94,11 +110,13 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
         loss.backward()
         optimizer.step()
     seen = target != none
-    print(f"vision: {100 * (content.argmax(-1) == target)[seen].float().mean():.1f} % of the last batch's objects named")
+    right = (content.argmax(-1) == target)[seen].float().mean()
+    print(f"vision: {100 * right:.1f} % of the last batch's objects named")
 
 
 def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -> None:
-    """Next-token prediction on conversations without their pictures: the language of the world, none of its facts."""
+    """Next-token prediction on conversations without their pictures: the language of the world, none of its
+    facts."""
     spread(lm)
     optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
     rng = random.Random(seed + 1)

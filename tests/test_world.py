@@ -1,0 +1,147 @@
+"""The tiny world: what its questions say is checked against the pixels of its pictures, by code that shares
+nothing with it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+
+RGB = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
+SHAPE = r"(circle|square|triangle)"
+THING = rf"(?:(red|green|blue|yellow) )?{SHAPE}"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return data.make_world(tmp_path_factory.mktemp("tiny") / "world", tune=300, pretrain=60, per_kind=60)
+
+
+def see(file):
+    """A 40 x 40 picture -> {(colour, shape): (column, row)}, from its pixels."""
+    pixels = np.asarray(Image.open(file).convert("RGB")).astype(int)
+    found = {}
+    for row in range(4):
+        for column in range(4):
+            cell = pixels[10 * row : 10 * row + 10, 10 * column : 10 * column + 10]
+            for colour, value in RGB.items():
+                filled = np.abs(cell - value).sum(-1) < 30
+                if filled.any():
+                    top, bottom = filled[1, 1], filled[8, 1]  # corners of the object's box
+                    shape = "square" if top and bottom else "triangle" if bottom else "circle"
+                    found[colour, shape] = (column, row)
+    return found
+
+
+def is_true(caption, scene):
+    """Does this caption hold in the scene? Understands the two sentences of the tiny world."""
+    holds = {"left of": lambda a, b: a[0] < b[0], "right of": lambda a, b: a[0] > b[0],
+             "above": lambda a, b: a[1] < b[1], "below": lambda a, b: a[1] > b[1]}  # fmt: skip
+    if related := re.fullmatch(rf"the {THING} is ({'|'.join(holds)}) the {THING}", caption):
+        c1, s1, relation, c2, s2 = related.groups()
+        return (c1, s1) in scene and (c2, s2) in scene and holds[relation](scene[c1, s1], scene[c2, s2])
+    listed = re.fullmatch(rf"there is a {THING}(?: and a {THING})?", caption)
+    assert listed, caption
+    things = [listed.groups()[:2], listed.groups()[2:]]
+    return all(any(s == shape and c in (None, colour) for colour, shape in scene) for c, s in things if s)
+
+
+def test_captions_are_true_and_negatives_false(world):
+    for kind in data.COMPOSITION:
+        items = json.loads((world / "test" / f"{kind}.json").read_text())
+        assert len(items) == 60
+        for item in items.values():
+            scene = see(world / "images" / item["filename"])
+            assert is_true(item["caption"], scene) and not is_true(item["negative_caption"], scene), (
+                kind,
+                item,
+                scene,
+            )
+
+
+def test_half_of_the_longer_captions_are_true(world):
+    """So that length alone decides nothing."""
+    for kind in ("add_obj", "add_att"):
+        items = json.loads((world / "test" / f"{kind}.json").read_text()).values()
+        longer = [len(item["caption"].split()) > len(item["negative_caption"].split()) for item in items]
+        assert 0.3 < np.mean(longer) < 0.7
+
+
+def answer(question, scene):
+    """The one right answer to a training or recognition question."""
+    if caption := question.removeprefix("True? ") if question.startswith("True? ") else None:
+        return "yes" if is_true(caption, scene) else "no"
+    if m := re.fullmatch(rf"What colour is the {SHAPE}\?", question):
+        (right,) = [colour for colour, shape in scene if shape == m[1]]
+    elif m := re.fullmatch(r"What shape is the (\w+) one\?", question):
+        (right,) = [shape for colour, shape in scene if colour == m[1]]
+    elif m := re.fullmatch(rf"Is there a {THING}\?", question):
+        right = "yes" if m.groups() in scene else "no"
+    elif m := re.fullmatch(rf"Where is the {THING}\?", question):
+        column, row = scene[m.groups()]
+        right = "abcd"[column] + "1234"[row]
+    elif m := re.fullmatch(r"What is at ([abcd])([1234])\?", question):
+        (right,) = [
+            " ".join(kind) for kind, cell in scene.items() if cell == ("abcd".index(m[1]), int(m[2]) - 1)
+        ]
+    elif m := re.fullmatch(rf"Is the {THING} (left or right of|above or below) the {THING}\?", question):
+        axis = m[3].startswith("above")
+        a, b = scene[m[1], m[2]][axis], scene[m[4], m[5]][axis]
+        assert a != b
+        right = (("left", "right"), ("above", "below"))[axis][a > b]
+    else:
+        raise AssertionError(question)
+    return right
+
+
+def test_every_answer_is_the_right_one(world):
+    records = json.loads((world / "tune.json").read_text())
+    asked = set()
+    for record in records:
+        scene, turns = see(world / "images" / record["image"]), record["conversations"]
+        assert len(turns) == 12 and turns[0]["value"].startswith("<image>\n")
+        for human, gpt in zip(turns[::2], turns[1::2]):
+            question = human["value"].removeprefix("<image>\n")
+            assert gpt["value"] == answer(question, scene), (question, scene)
+            asked.add(" ".join(question.split()[:2]))
+    assert len(records) == 300 and len(asked) >= 6
+    for item in json.loads((world / "test/recognition.json").read_text()):
+        assert item["answer"] == answer(item["question"], see(world / "images" / item["image"]))
+
+
+def test_descriptions_are_complete(world):
+    for record in json.loads((world / "pretrain.json").read_text()):
+        scene = see(world / "images" / record["image"])
+        said = record["conversations"][1]["value"]
+        assert sorted(said.split(" and ")) == sorted(
+            f"a {' '.join(kind)} at {'abcd'[column]}{row + 1}" for kind, (column, row) in scene.items()
+        )
+
+
+def test_train_and_test_pictures_never_coincide(world):
+    pictures = {"train": set(), "test": set()}
+    for file in (world / "images").iterdir():
+        pictures["test" if file.name.startswith("test") else "train"].add(
+            np.asarray(Image.open(file)).tobytes()
+        )
+    assert len(pictures["train"]) > 300 and len(pictures["test"]) > 50
+    assert not pictures["train"] & pictures["test"]
+
+
+def test_the_world_is_the_same_every_time(world, tmp_path):
+    again = data.make_world(tmp_path / "world", tune=300, pretrain=60, per_kind=60)
+    for file in ("tune.json", "pretrain.json", "test/swap_obj.json", "images/tune-7.png"):
+        assert (again / file).read_bytes() == (world / file).read_bytes()
+
+
+def test_every_word_of_the_world_is_one_token():
+    tokenizer = data.make_tokenizer()
+    text = " True? the yellow triangle is left of the red circle"
+    assert [tokenizer.decode([i]) for i in tokenizer.encode(text).ids] == re.findall(r" ?\w+|\?", text)
+    assert (
+        tokenizer.decode(tokenizer.encode("never seen: Ångström, 三角形").ids)
+        == "never seen: Ångström, 三角形"
+    )
