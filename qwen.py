@@ -102,10 +102,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
-def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(QK^T / sqrt(D)) V with the probabilities in hand: -> (B,H,T,D), A (B,H,T,S) in float32."""
-    scores = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
-    attention = scores.softmax(-1, dtype=torch.float32)
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
+    attention = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
     return attention.to(v.dtype) @ v, attention
 
 
@@ -126,8 +127,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_width)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list | None, look: bool):
-        """x (B,T,C), mask (B,1,T,S) True = may see -> (B,T,C), and the probabilities (B,H,T,S) if `look`."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool):
+        """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), and the probabilities (B,H,T,S) if `look`."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -140,7 +141,8 @@ class Attention(nn.Module):
         if look:
             out, attention = explicit_attention(q, k, v, mask)
         else:
-            out, attention = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            attention = None
         return self.o_proj(out.transpose(1, 2).flatten(2)), attention
 
 
@@ -163,7 +165,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor, cache: list | None, look: bool):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool):
         out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, look)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), attention
@@ -245,12 +247,12 @@ class Qwen(nn.Module):
         """(..., C) -> logits (..., V)."""
         return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
-    def _positions_and_mask(
-        self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor, Tensor]:
-        """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may
-        see."""
+    def _positions_and_mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None):
+        """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may see.
+        Without padding and cache the mask is None: causal."""
         B, T = x.shape[:2]
+        if attention_mask is None and cache is None:
+            return torch.arange(T, device=x.device).expand(B, T), None
         visible = attention_mask.bool() if attention_mask is not None else x.new_ones(B, T, dtype=torch.bool)
         if cache is not None:
             visible = visible if cache.visible is None else torch.cat([cache.visible, visible], 1)

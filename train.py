@@ -180,7 +180,7 @@ class Step(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         student, teacher, args = self.student, self.teacher[0], self.args
         ids, labels, columns = batch["input_ids"], batch["labels"], batch["visual_columns"]
-        common = dict(attention_mask=batch["attention_mask"], visual_columns=columns)
+        common = dict(visual_columns=columns)  # no mask: padding stands on the right, where causality hides it
         with torch.no_grad():
             z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
             if teacher is not None:
