@@ -2,7 +2,8 @@
 
 Inside: finding a folder (local, or by hub name), listing its tensors (one file or shards), loading them into
 a module with every name and shape checked, and writing a folder that appears whole or not at all. Left out on
-purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened."""
+purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
+"""
 
 import json
 import os
@@ -23,8 +24,7 @@ class BadInput(ValueError):
 
 
 def find(path_or_hub_name: str | Path) -> Path:
-    """A local folder as it is; otherwise `owner/name` is fetched from the Hugging Face hub (safetensors and
-    JSON only)."""
+    """A local folder as it is; `owner/name` from the Hugging Face hub (safetensors and JSON only)."""
     path = Path(path_or_hub_name)
     if path.is_dir():
         return path
@@ -83,8 +83,7 @@ def to_dataclass(cls: type, config: dict, file: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: every shard that the index names, or the single
-    model.safetensors."""
+    """The safetensors files of a checkpoint: all shards of its index, or one model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         weight_map = read_json(index).get("weight_map")
@@ -99,8 +98,8 @@ def weight_files(folder: Path) -> list[Path]:
     if missing := [file for file in files if not file.exists()]:
         if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
             raise BadInput(
-                f"{pickles[0]} is a pickle, which can run code when opened, and is not read; where you trust it, "
-                "torch.load it with weights_only=True and write it with safetensors.torch.save_file"
+                f"{pickles[0]} is a pickle, which can run code when opened, and is not read; if you trust "
+                "it, torch.load it with weights_only=True and write it with safetensors.torch.save_file"
             )
         raise BadInput(f"{missing[0]} is missing; fetch the checkpoint again")
     return sorted(files)
@@ -156,8 +155,7 @@ def load_weights(
 def write_folder(
     folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None
 ):
-    """Write model.safetensors, config.json and `extra` text files so that `folder` appears whole or not at
-    all.
+    """Write model.safetensors, config.json and `extra` text files; `folder` appears whole or not at all.
 
     A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
     """

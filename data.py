@@ -1,5 +1,4 @@
-"""Data: from conversations and pictures to batches, and the tiny world in which the method can be watched on
-a laptop.
+"""Data: conversations and pictures made into batches, and the tiny world that learns on a laptop.
 
     conversation + picture -> encode, preprocess -> sample {"input_ids", "labels", "pixel_values"} -> collate
     -> batch
@@ -39,8 +38,7 @@ SYSTEM = (
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """tokenizer.json of a checkpoint folder. Special tokens written in a text are read as plain text, never
-    as control."""
+    """The tokenizer.json of a checkpoint folder."""
     file = Path(folder) / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -65,7 +63,8 @@ def encode(
 
     Supervised are " {answer}" and <|endoftext|>, with pretrain all after the picture. [picture] is
     num_image_tokens placeholders at the front of the turn in which <image> stood; marks in answers are plain
-    text."""
+    text.
+    """
     ids, labels, pieces = [], [], _pieces(conversations, template)
     for text, supervised in pieces:
         if text is IMAGE_MARK:
@@ -87,8 +86,7 @@ def encode_prompt(conversations: list[dict], tokenizer: Tokenizer, num_image_tok
 
 
 def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool]]:
-    """The conversation from left to right as (text, supervised). A picture is IMAGE_MARK itself, the end
-    END_OF_TEXT."""
+    """The conversation from left to right as (text, supervised), with IMAGE_MARK and END_OF_TEXT."""
     speakers = [turn.get("from") for turn in conversations]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise BadInput("a conversation is an even number of turns, human and gpt alternating, human first")
@@ -176,7 +174,8 @@ def collate(samples: list[dict]) -> dict:
 
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA JSON: a list of {"id", "image" (a path under `images`, or absent), "conversations"} -> samples
-    for collate."""
+    for collate.
+    """
 
     def __init__(
         self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"
@@ -251,7 +250,8 @@ Scene = dict[
 def random_scene(rng: random.Random, split: str) -> Scene:
     """Two or three different objects in different cells. Every scene belongs to exactly one split, by a
     checksum of what is where, and a picture is a function of its scene: train and test pictures can never
-    coincide."""
+    coincide.
+    """
     while True:
         kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice((2, 3)))
         cells = rng.sample([(column, row) for column in range(GRID) for row in range(GRID)], len(kinds))
@@ -317,11 +317,11 @@ def recognition_question(kind: str, scene: Scene, rng: random.Random) -> tuple[s
 
 
 def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """(true caption, its hard negative) of one of SugarCrepe's seven kinds, or None where this scene admits
-    none.
+    """(true caption, its hard negative) of one of SugarCrepe's seven kinds, or None: this scene admits none.
 
     What is added in the add_ kinds makes the caption longer; in half of their pairs it is true and the
-    shorter caption is false, so that nobody can judge by length."""
+    shorter caption is false, so that nobody can judge by length.
+    """
     longer_is_true = rng.random() < 0.5
     a, b = rng.sample(list(scene), 2)
     true_relations = [name for name, holds in RELATIONS.items() if holds(scene[a], scene[b])]
@@ -370,8 +370,7 @@ def _absent(scene: Scene, rng: random.Random) -> Kind:
 
 
 def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> dict:
-    """A LLaVA record: several turns of recognition, relations and captions that are true or false, about one
-    picture."""
+    """A LLaVA record about one picture: turns of recognition, relations, captions that are true or false."""
     conversations = []
     while len(conversations) < 2 * turns:
         kind = rng.choices(list(MIX), MIX.values())[0]
@@ -402,7 +401,8 @@ def make_world(
     folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 2000, per_kind: int = 640
 ) -> Path:
     """Write the tiny world, unless it is there: pretrain.json (captions) and tune.json (conversations) in
-    LLaVA's form, test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder"""
+    LLaVA's form, test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder
+    """
     if (folder / "world.json").exists():
         return folder
     if folder.exists():
@@ -457,8 +457,7 @@ def make_world(
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of Qwen's class, trained on the tiny world's own text: every word is one token, any
-    text has some."""
+    """A byte-level BPE of Qwen's class, trained on the tiny world's text: a token a word, else bytes."""
     units = rf"{re.escape(SYSTEM.strip())}| ?USER:| ?ASSISTANT:"  # said in every conversation: one token each
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())

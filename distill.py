@@ -1,5 +1,4 @@
-"""CompoDistill (arXiv 2510.12184): everything the method adds to a plain fine-tuning, as pure functions and
-one module.
+"""CompoDistill (arXiv 2510.12184): what the method adds to plain fine-tuning, pure functions and one module.
 
     TAF   x_v = P_s(P_t(z))                       TeacherAdapterFetch
     VAT   which layers, who matches whom          understanding_layers, match_layers, group_mean
@@ -12,7 +11,8 @@ one module.
 Every loss returns (sum, count): add both over micro-batches and ranks and divide once, because a mean of
 means is a different gradient when the number of answer tokens varies. Losses are computed in float32, and the
 teacher's side is detached. Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C
-width, V vocabulary."""
+width, V vocabulary.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +24,11 @@ IGNORE = -100  # the label of a token that is not supervised
 
 
 class TeacherAdapterFetch(nn.Module):
-    """x_v = P_s(P_t(z)): the teacher's frozen adapter P_t, then one trainable linear map P_s (paper, section
-    3.3).
+    """x_v = P_s(P_t(z)): the teacher's frozen adapter P_t, then one trainable linear map P_s (paper, TAF).
 
-    z (B,P,C_vision) -> P_t -> (B,P,C_t) -> P_s -> (B,P,C_s). `gelu` puts a GELU before P_s, as the released
-    0.5B student has."""
+    z (B,P,C_vision) -> P_t -> (B,P,C_t) -> P_s -> (B,P,C_s). With `gelu` there is a GELU before P_s, as in
+    the released 0.5B student.
+    """
 
     def __init__(
         self, teacher_adapter: nn.Module, teacher_width: int, student_width: int, gelu: bool = False
@@ -50,8 +50,7 @@ class TeacherAdapterFetch(nn.Module):
 
 
 def understanding_layers(num_layers: int, low: float = 0.3, high: float = 0.7) -> list[int]:
-    """The layers i with low * L <= i < high * L, counted from 0 (paper, section 3.2): 24 -> 8..16, 40 ->
-    12..27."""
+    """The layers i with low * L <= i < high * L, counted from 0: of 24 layers 8..16, of 40 layers 12..27."""
     return [i for i in range(num_layers) if low <= i / num_layers < high]
 
 
@@ -65,8 +64,7 @@ RELEASED_LAYERS = {
 
 
 def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
-    """Layers by the name of the paper's ablation: intermediate (the method), early, later, all; or
-    released."""
+    """Layers by the paper's names, intermediate (the method), early, later, all; or the released code's."""
     if which == "released":
         if num_layers not in RELEASED_LAYERS:
             raise ValueError(
@@ -81,7 +79,7 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
 
 
 def match_layers(student_layers: list[int], teacher_layers: list[int], how: str = "group") -> list[list[int]]:
-    """For each of the k student layers, the teacher layers whose mean map is its target (paper, section 3.2).
+    """For each of the k student layers, the teacher layers whose mean map is its target (paper, VAT).
 
     group:  G_j = {t_j .. t_(j+n-1)}, n = m - k + 1: a sliding window, every teacher layer used, order kept
     simple: {t_(1 + floor((j-1) m / k))}, one teacher layer each (ablation)
@@ -109,12 +107,12 @@ def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> Tens
 
 @torch.no_grad()
 def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tensor) -> Tensor:
-    """Ablation: for each student layer the one teacher layer whose map is most similar, chosen anew for every
-    batch.
+    """Ablation: for each student layer the one teacher layer with the most similar map, anew for every batch.
 
     student_maps (k,B,T,P), teacher_maps (m,B,T,P), query_mask (B,T) -> the chosen teacher maps (k,B,T,P). The
     paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch;
-    no gradient through the choice, and two student layers may choose the same teacher layer."""
+    no gradient through the choice, and two student layers may choose the same teacher layer.
+    """
     outside = ~query_mask[..., None]
     s = F.normalize(student_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (k,B,T*P)
     t = F.normalize(teacher_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (m,B,T*P)
@@ -122,11 +120,10 @@ def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tenso
 
 
 def query_rows(which: str, visual_columns: Tensor, has_image: Tensor, attention_mask: Tensor) -> Tensor:
-    """The queries whose attention is aligned, as a (B,T) mask: `all` (paper), `image` or `text` (those after
-    the image).
+    """The queries that are aligned, as a (B,T) mask: `all` (paper), `image`, or `text` (all after the image).
 
-    visual_columns (B,P), has_image (B,), attention_mask (B,T). Never padding, and never a sample without an
-    image."""
+    visual_columns (B,P), has_image (B,), attention_mask (B,T). Never padding, nor a sample without a picture.
+    """
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (T,)
     first, last = visual_columns[:, :1], visual_columns[:, -1:]
     rows = {
@@ -147,8 +144,7 @@ def visual_attention_loss(
     kind: str = "cosine",
     rowwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2), with its ablations -> (sum,
-    count).
+    """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2) -> (sum, count).
 
     student_maps, teacher_maps (k,B,T,P): head-mean attention over the visual tokens, the teacher's already
     matched. query_mask (B,T): the rows that take part. A row without visual mass (before the image, or in a
@@ -162,9 +158,7 @@ def visual_attention_loss(
     s, t = student_maps.float(), teacher_maps.detach().float()
     t = t.masked_fill(~query_mask[..., None], 0)
     rows = query_mask & (t.sum((0, -1)) > 0)  # (B,T)
-    s = s.masked_fill(
-        ~rows[..., None], 0
-    )  # filled, not multiplied: whatever padding holds, NaN too, stays out
+    s = s.masked_fill(~rows[..., None], 0)  # filled, not multiplied: what padding holds stays out, NaN too
     count = attention_count(rows, len(s), s.shape[-1], kind, rowwise)
     if kind == "cosine" and not rowwise:
         cosine = F.cosine_similarity(s.flatten(2), t.flatten(2), dim=-1)  # (k,B)
@@ -179,8 +173,7 @@ def visual_attention_loss(
 
 
 def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, rowwise: bool) -> Tensor:
-    """What visual_attention_loss counts, from the rows (B,T) that take part alone: known before any forward
-    pass."""
+    """What visual_attention_loss counts, from the rows (B,T) alone: known before any forward pass."""
     if kind not in ("cosine", "mse", "kl"):
         raise ValueError(f"attention loss {kind!r} is not known; choose cosine, mse or kl")
     if kind == "cosine" and not rowwise:
@@ -192,14 +185,14 @@ EPS = 1e-8  # in the row-by-row KL
 
 
 def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention loss of the released code (compodistill, commit 8411926), which differs from the paper's
-    -> (sum, count).
+    """The attention loss of the released code (commit 8411926), which is not the paper's -> (sum, count).
 
     student_maps, teacher_maps (k,B,P,P): head-mean attention from visual tokens to visual tokens, samples
     with an image only. Entries above mean + one (unbiased) standard deviation of their map are dropped on
     either side, which removes attention sinks; so are those where the teacher is exactly 0, which is the
     causal triangle. What is left is averaged over the queries, and the two vectors of P are compared by 1 -
-    cos: SUMMED over the layers, counted per sample."""
+    cos: SUMMED over the layers, counted per sample.
+    """
     s, t = student_maps.float(), teacher_maps.detach().float()
     number_of_samples = torch.tensor(s.shape[1], device=s.device)
     if s.shape[1] == 0:
@@ -219,13 +212,13 @@ def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple
 def kl_loss(
     student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, shifted: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Forward KL(teacher || student) over the full vocabulary at every answer token (paper, Eq. 4) -> (sum,
-    count).
+    """Forward KL(teacher || student), full vocabulary, at every answer token (paper, Eq. 4) -> (sum, count).
 
     student_logits (B,T,Vs), teacher_logits (B,T,Vt), labels (B,T) with -100 where nothing is supervised. Of
     vocabularies of different size the smaller one counts (what lies beyond the tokenizer is padding). The
     distribution that predicts token t stands at t-1; `shifted=False` compares at t itself, as the released
-    code does."""
+    code does.
+    """
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     if shifted:
         student_logits, teacher_logits, labels = student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]

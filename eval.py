@@ -24,7 +24,6 @@ from torch import Tensor
 import data
 import distill
 import model
-from checkpoint import BadInput
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -66,7 +65,8 @@ def first_token(vlm: model.VLM, answer: str) -> int:
 
 def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]], ask=data.caption_question) -> list[float]:
     """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption than for the negative; ties are
-    wrong."""
+    wrong.
+    """
     samples = [prompt(vlm, picture, ask(caption)) for picture, *captions in pairs for caption in captions]
     logits = next_token_logits(vlm, samples)
     yes = (logits[:, first_token(vlm, "yes")] - logits[:, first_token(vlm, "no")]).view(
@@ -83,7 +83,8 @@ CHOICE = (
 
 def choice_ab(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
     """Both orders: 1.0, 0.5 or 0.0 for how often the letter of the true caption is the likelier of A and
-    B."""
+    B.
+    """
     samples = [
         prompt(vlm, picture, CHOICE.format(*order))
         for picture, true, wrong in pairs
@@ -99,7 +100,8 @@ def choice_ab(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]
 @torch.no_grad()
 def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean: bool = False) -> list[float]:
     """1.0 where log P(caption | picture, "Describe the picture.") is higher for the true one; `mean`: per
-    token."""
+    token.
+    """
     samples = []
     for picture, *captions in pairs:
         for caption in captions:
@@ -147,7 +149,8 @@ def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[fl
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
     """-> {recognition kind: [(picture, question, answer)]}, {composition kind: [(picture, true,
-    negative)]}."""
+    negative)]}.
+    """
     recognition = {kind: [] for kind in data.RECOGNITION}
     for item in data.read_records(world / "test" / "recognition.json"):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
@@ -178,7 +181,8 @@ def attention_similarity(
     student: model.VLM, teacher: model.VLM, world: Path, limit: int | None = 100
 ) -> float:
     """Mean cosine, over the true captions of the test items, of each text query's attention over the picture:
-    student's understanding layers against the mean of their teacher groups."""
+    student's understanding layers against the mean of their teacher groups.
+    """
     s_layers = distill.understanding_layers(len(student.lm.model.layers))
     t_layers = distill.understanding_layers(len(teacher.lm.model.layers))
     groups = distill.match_layers(s_layers, t_layers)
@@ -213,18 +217,18 @@ def attention_similarity(
 
 
 @torch.no_grad()
-def answer_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
-    """Attention of the answering position over the picture: head mean, mean of the understanding layers ->
-    (side, side)."""
-    sample = prompt(vlm, picture, question)
-    batch = next(batches([sample], vlm.device))
-    layers = distill.understanding_layers(len(vlm.lm.model.layers))
-    maps = vlm(batch["input_ids"], batch["pixel_values"], None, layers, batch["visual_columns"]).attentions
-    row = torch.stack([maps[layer][0, -1] for layer in layers]).mean(0).float().cpu()  # (P,)
+def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
+    """Where the text after the picture looks: mean over heads, understanding layers and text queries.
+
+    -> (side, side), the attention that falls on each patch.
+    """
+    (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
+    columns, layers = batch["visual_columns"], distill.understanding_layers(len(vlm.lm.model.layers))
+    maps = vlm(batch["input_ids"], batch["pixel_values"], None, layers, columns).attentions
+    text = distill.query_rows("text", columns, batch["has_image"], batch["attention_mask"])[0]  # (T,)
+    mean = torch.stack([maps[layer][0, text] for layer in layers]).mean((0, 1)).float().cpu()  # (P,)
     side = vlm.config.vision.image_size // vlm.config.vision.patch_size
-    if vlm.config.drop_first_patch:
-        row = F.pad(row, (1, 0))
-    return row.view(side, side).numpy()
+    return F.pad(mean, (int(vlm.config.drop_first_patch), 0)).view(side, side).numpy()
 
 
 def heat(picture: Image.Image, attention: np.ndarray, size: int = 240) -> Image.Image:
@@ -241,7 +245,8 @@ def heat(picture: Image.Image, attention: np.ndarray, size: int = 240) -> Image.
 
 def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
     """One row per (picture, question): the picture, then where each model looks when it answers, with its
-    answer."""
+    answer.
+    """
     size, gap, head = 240, 14, 44
     width, height = (size + gap) * (len(models) + 1) + gap, (size + head + gap) * len(cases) + gap
     sheet = Image.new("RGB", (width, height), "white")
@@ -257,7 +262,7 @@ def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]
         pen.multiline_text((gap, y), _wrap(question, 42), fill="black", font_size=13)
         for column, (name, vlm) in enumerate(models.items(), start=1):
             x = gap + column * (size + gap)
-            sheet.paste(heat(picture, answer_attention(vlm, picture, question), size), (x, y + head))
+            sheet.paste(heat(picture, question_attention(vlm, picture, question), size), (x, y + head))
             pen.multiline_text(
                 (x, y),
                 f"{name}\n{vlm.answer(picture, question, max_new_tokens=16)}",
@@ -277,15 +282,16 @@ def _wrap(text: str, width: int) -> str:
 
 
 def tiny_cases(world: Path) -> list[tuple[Path, str]]:
-    """The questions of the main job's picture: one test item of four kinds, asked as in the benchmark."""
-    _, composition = tiny_items(world, limit=1)
-    kinds = ("swap_obj", "replace_rel", "swap_att")
-    return [(composition[kind][0][0], data.caption_question(composition[kind][0][1])) for kind in kinds]
+    """The questions of the main job's picture: true captions of three kinds, of different pictures."""
+    _, composition = tiny_items(world, limit=3)
+    items = [composition["swap_att"][0], composition["replace_obj"][2], composition["swap_obj"][2]]
+    return [(picture, data.caption_question(true)) for picture, true, _ in items]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """{method: scores} -> a Markdown table: the two averages, every composition kind, similarity to the
-    teacher."""
+    teacher.
+    """
     columns = ["recognition", "compositional", *data.COMPOSITION, "similarity"]
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
@@ -348,7 +354,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             attention_picture(models, [(args.image, args.question)], args.save)
             print(args.save)
-    except BadInput as error:
+    except ValueError as error:  # BadInput among them
         sys.exit(f"error: {error}")
 
 

@@ -7,7 +7,8 @@ The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P vis
 heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
 
 Inside: VLM (forward, generate, answer), load, and the file layouts: our own, the released CompoDistill /
-TinyLLaVA layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only)."""
+TinyLLaVA layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only).
+"""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +71,8 @@ class VLM(nn.Module):
         cls, vision: Siglip, lm: Qwen, tokenizer: Tokenizer, teacher: "VLM | None" = None, taf: bool = False
     ) -> "VLM":
         """A model of given parts and a new, random adapter: its own or, with `taf`, the teacher's plus P_s.
-        With a teacher it reads the same visual tokens (layer, first patch) as the teacher does."""
+        With a teacher it reads the same visual tokens (layer, first patch) as the teacher does.
+        """
         base = VLMConfig(vision.config, lm.config) if teacher is None else teacher.config
         width = teacher.config.text.hidden_size if taf else None
         config = replace(base, vision=vision.config, text=lm.config, taf_width=width, taf_gelu=False)
@@ -92,7 +94,7 @@ class VLM(nn.Module):
         return self.lm.model.norm.weight.device
 
     def image_features(self, pixel_values: Tensor | None) -> Tensor:
-        """pixel_values (N,3,S,S), or None for no picture at all (N = 0) -> z (N,P,C_vision), what the adapter reads."""
+        """pixel_values (N,3,S,S), or None where N = 0 -> z (N,P,C_vision), what the adapter reads."""
         if pixel_values is None:
             return self.lm.model.norm.weight.new_zeros(
                 0, self.num_image_tokens, self.config.vision.hidden_size
@@ -114,7 +116,8 @@ class VLM(nn.Module):
 
         attention_layers: whose attention to return, whole (B,H,T,T), or with visual_columns (B,P) reduced to
         the head mean at those columns (B,T,P). visual_tokens (N,P,C), the adapter's output, stand in for
-        pixel_values."""
+        pixel_values.
+        """
         embeds = self.embed(input_ids, pixel_values, visual_tokens)
         return self.lm(None, attention_mask, attention_layers, visual_columns, inputs_embeds=embeds)
 
@@ -122,7 +125,8 @@ class VLM(nn.Module):
         self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None
     ) -> Tensor:
         """-> (B,T,C): token embeddings, with the visual tokens written into the placeholders. The length
-        never changes."""
+        never changes.
+        """
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.adapter(self.image_features(pixel_values))
         placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
@@ -155,7 +159,8 @@ class VLM(nn.Module):
         """-> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled above it.
 
         A row ends with any of `stop_ids` (default: the tokenizer's end of text) and is filled up with the
-        first of them. Rows of unequal length, padded on either side, give the same tokens as alone."""
+        first of them. Rows of unequal length, padded on either side, give the same tokens as alone.
+        """
         if stop_ids is None:
             stop_ids = [] if self.tokenizer is None else [self.tokenizer.token_to_id(data.END_OF_TEXT)]
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
@@ -203,7 +208,8 @@ class VLM(nn.Module):
 
     def save(self, folder: str | Path, layout: str = "native") -> None:
         """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill /
-        TinyLLaVA)."""
+        TinyLLaVA).
+        """
         if layout not in ("native", "released"):
             raise BadInput(f"layout {layout!r} is not known; choose native or released")
         if layout == "released" and self.config.taf_gelu:
@@ -344,7 +350,8 @@ def _released_config(c: VLMConfig) -> dict:
 
 def _from_foreign(c: VLMConfig):
     """-> rename(name in a released or HF LLaVA file) -> name in VLM, or None for what is dropped on purpose:
-    SigLIP's pooling head and text tower, and a tied language model's copy of the embedding."""
+    SigLIP's pooling head and text tower, and a tied language model's copy of the embedding.
+    """
     adapter = "adapter.teacher." if c.taf_width else "adapter."
 
     def rename(name: str) -> str | None:

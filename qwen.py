@@ -11,7 +11,8 @@ Two ways through attention, on the same mask: torch's SDPA where nobody looks, a
 
 Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads, D head dim, C width, P
 visual tokens, V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers'
-models/qwen2/modeling_qwen2.py."""
+models/qwen2/modeling_qwen2.py.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class QwenConfig:
     @classmethod
     def from_hf(cls, config: dict, file: Path) -> "QwenConfig":
         """From a Hugging Face config.json of transformers 4 or 5, whole (`text_config` inside) or the
-        language part alone."""
+        language part alone.
+        """
         config = section(config, "text_config", file)
         if config.get("model_type") != "qwen2":
             raise BadInput(
@@ -70,7 +72,8 @@ class QwenConfig:
 
 class Output(NamedTuple):
     """What a forward pass gives. attentions: {layer: (B,H,T,S)}, or {layer: (B,T,P)} where visual columns
-    were asked for."""
+    were asked for.
+    """
 
     logits: Tensor  # (B,T,V)
     attentions: dict[int, Tensor]
@@ -90,7 +93,8 @@ class RMSNorm(nn.Module):
 
 def rope_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     """positions (B,T) -> cos, sin (B,1,T,D): the angle of channel pair (i, i + D/2) is position *
-    theta^(-2i/D)."""
+    theta^(-2i/D).
+    """
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
     angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,D/2)
     return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
@@ -111,7 +115,7 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
 
 
 def visual_columns_of(attention: Tensor, columns: Tensor) -> Tensor:
-    """Head mean, then the visual columns (paper, section 3.2): (B,H,T,S), columns (B,P) -> (B,T,P)."""
+    """Head mean, then the visual columns (paper, VAT): (B,H,T,S), columns (B,P) -> (B,T,P)."""
     mean = attention.mean(1)
     return mean.gather(2, columns[:, None, :].expand(-1, mean.shape[1], -1))
 
@@ -127,8 +131,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_width)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool):
-        """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), and the probabilities (B,H,T,S) if `look`."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool
+    ):
+        """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), if `look` A (B,H,T,S)."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -165,7 +171,9 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool):
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool
+    ):
         out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, look)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), attention
@@ -181,7 +189,8 @@ class Decoder(nn.Module):
 
 class Cache:
     """Keys and values of the tokens so far, one [k, v] per layer, each (B,H,S,D), and which of them are
-    padding."""
+    padding.
+    """
 
     def __init__(self, num_layers: int):
         self.layers: list[list[Tensor]] = [[] for _ in range(num_layers)]
@@ -249,7 +258,8 @@ class Qwen(nn.Module):
 
     def _positions_and_mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None):
         """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may see.
-        Without padding and cache the mask is None: causal."""
+        Without padding and cache the mask is None: causal.
+        """
         B, T = x.shape[:2]
         if attention_mask is None and cache is None:
             return torch.arange(T, device=x.device).expand(B, T), None

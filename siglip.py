@@ -131,7 +131,8 @@ class Siglip(nn.Module):
 
     def forward(self, pixel_values: Tensor, layer: int | None = -2) -> Tensor:
         """hidden_states[layer] of transformers: 0 is the embeddings, L (or -1) the last block's output BEFORE
-        post_layernorm; None applies post_layernorm to it. Blocks above the asked one are not run."""
+        post_layernorm; None applies post_layernorm to it. Blocks above the asked one are not run.
+        """
         num_layers = self.config.num_hidden_layers
         depth = num_layers if layer is None else layer if layer >= 0 else num_layers + 1 + layer
         if not 0 <= depth <= num_layers:
@@ -149,7 +150,8 @@ class Siglip(nn.Module):
     @classmethod
     def load(cls, folder: str, dtype: torch.dtype = torch.float32, device: str = "cpu") -> "Siglip":
         """From a plain checkpoint: a whole SiglipModel, or a vision model with or without the `vision_model.`
-        prefix."""
+        prefix.
+        """
         folder = find(folder)
         config = SiglipConfig.from_hf(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
@@ -160,6 +162,7 @@ class Siglip(nn.Module):
 
 def rename(name: str) -> str | None:
     """A tensor's name in a plain SigLIP checkpoint -> its name in Siglip; None for what is dropped on
-    purpose."""
+    purpose.
+    """
     name = name.removeprefix("vision_model.")
     return None if name.startswith(("head.", "text_model.", "logit_scale", "logit_bias")) else name

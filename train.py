@@ -180,7 +180,9 @@ class Step(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         student, teacher, args = self.student, self.teacher[0], self.args
         ids, labels, columns = batch["input_ids"], batch["labels"], batch["visual_columns"]
-        common = dict(visual_columns=columns)  # no mask: padding stands on the right, where causality hides it
+        common = dict(
+            visual_columns=columns
+        )  # no mask: padding stands on the right, where causality hides it
         with torch.no_grad():
             z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
             if teacher is not None:
@@ -223,7 +225,8 @@ class Step(nn.Module):
 
     def counts(self, batch: dict) -> Tensor:
         """By what the sums of this batch are to be divided: (answer tokens, what L_ADL counts). Needs no
-        forward pass."""
+        forward pass.
+        """
         answers = (batch["labels"][:, 1:] != data.IGNORE).sum()
         if self.vat_loss == "none":
             return torch.stack([answers, torch.zeros_like(answers)])
@@ -248,7 +251,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank: int, ranks: int, seed: int):
     """The sample indices of each of this rank's micro-batches. A global batch is the same samples whatever
-    the number of ranks and micro-batches is; every epoch is a new permutation."""
+    the number of ranks and micro-batches is; every epoch is a new permutation.
+    """
     epoch, order = -1, []
     for micro in range(steps * accumulation):
         first = (micro * ranks + rank) * size
@@ -264,7 +268,7 @@ def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank:
 
 
 def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[model.VLM, model.VLM | None]:
-    """-> the student that this stage starts from, and its teacher, frozen, or None where nothing is distilled."""
+    """-> the student that this stage starts from, and its frozen teacher (None: nothing is distilled)."""
     start = args.student or previous_output(stage, args)
     distilled = args.kl_weight > 0 or args.vat_loss != "none"
     teacher = None
@@ -287,7 +291,8 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
 
 def share_frozen(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
     """Make the student use the teacher's own vision encoder and, with TAF, adapter: one copy in memory, run
-    once for both."""
+    once for both.
+    """
     pairs = [("vision encoder", student.vision, teacher.vision)]
     if taf:
         if not isinstance(student.adapter, distill.TeacherAdapterFetch):
@@ -324,10 +329,11 @@ def optimizer_step(
     micro_batches: list[dict],
     ranks: int,
 ) -> tuple[dict[str, Tensor], float]:
-    """One step over all micro-batches of all ranks -> this rank's share of each loss, unweighted, and the gradient norm.
+    """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm.
 
-    Sums are divided once, by counts over everything, because a mean of means is another gradient where the number of
-    answer tokens varies. DDP averages gradients over the ranks, hence `ranks *`. module is step_module, or its DDP wrapper.
+    Sums are divided once, by counts over everything, because a mean of means is another gradient where the
+    number of answer tokens varies. DDP averages gradients over the ranks, hence `ranks *`. `module` is
+    step_module, or DDP around it.
     """
     args = step_module.args
     weights = {"lm": 1.0, "kl": args.kl_weight, "adl": args.vat_weight}
@@ -352,7 +358,7 @@ def optimizer_step(
 
 
 def train_stage(stage: str, args: argparse.Namespace) -> Path:
-    """Train one stage, on one device or under torchrun, and save the model; -> its folder, out/name/stageN."""
+    """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN."""
     rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
     steps, peak = args.steps or STAGES[stage]["steps"], args.lr or STAGES[stage]["lr"]
     out = args.out / args.name / f"stage{stage}"
@@ -469,7 +475,8 @@ STUDENTS = {
 
 def tiny_world(args: argparse.Namespace) -> None:
     """Train and score the four students, as many at a time as there are cores, then print a table and draw a
-    picture."""
+    picture.
+    """
     import eval as evaluation
 
     for name in STUDENTS:
@@ -532,7 +539,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         scores = evaluation.tiny_scores(student, args.out / "world")
         scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
-    except BadInput as error:
+    except ValueError as error:
         sys.exit(f"{args.name}: {error}")
 
 
@@ -553,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
             run_stages(args)
         else:
             tiny_world(args)
-    except BadInput as error:
+    except ValueError as error:  # BadInput, or what distill.py says of layers that do not match
         sys.exit(f"error: {error}")
 
 

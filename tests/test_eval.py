@@ -1,5 +1,6 @@
 """eval.py: every scorer against the same thing done slowly, one prompt at a time, with the model's plain
-forward pass."""
+forward pass.
+"""
 
 import numpy as np
 import pytest
@@ -102,7 +103,8 @@ def test_averages_are_unweighted_means_over_the_kinds(teacher, world):
 
 def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch):
     """Matched to itself layer by layer the teacher's similarity is 1; the batched figure is that of single
-    prompts."""
+    prompts.
+    """
     assert evaluation.attention_similarity(teacher, teacher, world, limit=2) == pytest.approx(1, abs=1e-6)
     student = model.VLM.assemble(
         teacher.vision, model.Qwen.load(train.TINY / "student"), teacher.tokenizer, teacher, taf=True
@@ -125,15 +127,16 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
 
 
 @torch.no_grad()
-def test_answer_attention_is_the_last_row_of_the_whole_maps(teacher, world):
+def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
     picture = world / "images/test-0.png"
     sample = evaluation.prompt(teacher, picture, "What colour is the circle?")
     ids = torch.tensor([sample["input_ids"]])
     maps = teacher(ids, sample["pixel_values"][None], attention_layers=(2, 3, 4)).attentions
-    columns = ids[0] == data.IMAGE_TOKEN
-    expected = sum(maps[layer][0].mean(0)[-1][columns] for layer in (2, 3, 4)) / 3
-    shown = evaluation.answer_attention(teacher, picture, "What colour is the circle?")
-    assert shown.shape == (4, 4) and np.allclose(shown.ravel(), expected.numpy(), atol=1e-6)
+    columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
+    rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in (2, 3, 4)]
+    shown = evaluation.question_attention(teacher, picture, "What colour is the circle?")
+    assert shown.shape == (4, 4)
+    assert np.allclose(shown.ravel(), torch.stack(rows).mean((0, 1)).numpy(), atol=1e-6)
 
 
 def test_command_line_scores_and_pictures(world, tmp_path, capsys):

@@ -64,7 +64,8 @@ def test_ranks_and_micro_batches_do_not_change_the_training(
     one_rank, world, tmp_path, ranks, batch, accumulation
 ):
     """The same global batch gives the same losses and the same weights, however it is cut. Samples differ in
-    their number of answer tokens, so that a mean of means would fail."""
+    their number of answer tokens, so that a mean of means would fail.
+    """
     reference, (_, log) = one_rank
     start = ("--student", reference / "student" / "stage1")
     shape = ("--steps", 10, "--batch-size", batch, "--accumulation", accumulation)

@@ -1,5 +1,6 @@
 """The tiny world: what its questions say is checked against the pixels of its pictures, by code that shares
-nothing with it."""
+nothing with it.
+"""
 
 import json
 import re

@@ -73,7 +73,8 @@ def make_tiny(args: argparse.Namespace) -> None:
 
 def spread(module: nn.Module) -> None:
     """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster from it than from
-    0.02."""
+    0.02.
+    """
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
@@ -83,7 +84,8 @@ def spread(module: nn.Module) -> None:
 
 def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
     """From the features the models read (hidden state -2): which of 12 objects or none, which column, which
-    row."""
+    row.
+    """
     spread(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
     none, side = len(kinds), data.GRID
@@ -116,7 +118,8 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
 
 def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -> None:
     """Next-token prediction on conversations without their pictures: the language of the world, none of its
-    facts."""
+    facts.
+    """
     spread(lm)
     optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
     rng = random.Random(seed + 1)
