@@ -112,22 +112,25 @@ def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, boo
         before = ""
 
 
+def open_picture(file: str | Path) -> Image.Image:
+    """An RGB picture from a file."""
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as error:  # all that Pillow raises
+        raise BadInput(
+            f"{file} cannot be read as a picture ({error}); replace or leave out the file"
+        ) from None
+
+
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
     """A picture -> (3,S,S) in [-1, 1]: RGB, resized to a square without keeping the aspect ratio, bicubic."""
-    if not isinstance(image, Image.Image):
-        try:
-            with Image.open(image) as opened:
-                image = opened.convert("RGB")
-        except (
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:  # all that Pillow raises
-            raise BadInput(
-                f"{image} cannot be read as a picture ({error}); replace or leave out the file"
-            ) from None
-    image = image.convert("RGB")
+    image = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (S,S,3) bytes -> (3,S,S)

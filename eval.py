@@ -13,6 +13,7 @@ Shapes: B prompts, T tokens, P visual tokens, V vocabulary, k matched layers.
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 import data
 import distill
 import model
+from checkpoint import BadInput
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -231,51 +233,42 @@ def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: st
     return F.pad(mean, (int(vlm.config.drop_first_patch), 0)).view(side, side).numpy()
 
 
-def heat(picture: Image.Image, attention: np.ndarray, size: int = 240) -> Image.Image:
-    """The picture, faded, with what is looked at more in full colour and framed by brightness of orange."""
-    base = picture.convert("RGB").resize(
-        (size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
-    )
-    weight = Image.fromarray((255 * attention / attention.max()).astype(np.uint8)).resize(
-        (size, size), Image.Resampling.NEAREST
-    )
-    dimmed = Image.blend(base, Image.new("RGB", base.size, (25, 25, 45)), 0.75)
-    return Image.composite(base, dimmed, weight)
+SIDE, GAP, HEAD = 240, 14, 44  # pixels: a picture's side, the space between two, the text above
+
+
+def enlarge(picture: Image.Image) -> Image.Image:
+    """To SIDE x SIDE; small pictures keep their pixels visible."""
+    resample = Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
+    return picture.resize((SIDE, SIDE), resample)
+
+
+def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
+    """The picture, bright where the attention (side, side) is high and dark where it is low."""
+    weight = enlarge(Image.fromarray((255 * attention / attention.max()).astype(np.uint8)))
+    bright = enlarge(picture)
+    dark = Image.blend(bright, Image.new("RGB", bright.size, (25, 25, 45)), 0.75)
+    return Image.composite(bright, dark, weight)
 
 
 def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
-    """One row per (picture, question): the picture, then where each model looks when it answers, with its
-    answer.
-    """
-    size, gap, head = 240, 14, 44
-    width, height = (size + gap) * (len(models) + 1) + gap, (size + head + gap) * len(cases) + gap
+    """One row per (picture, question): the picture, then where each model looks, under its name and answer."""
+    width, height = (SIDE + GAP) * (len(models) + 1) + GAP, (HEAD + SIDE + GAP) * len(cases) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for row, (path, question) in enumerate(cases):
-        y = gap + row * (size + head + gap)
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-        plain = picture.resize(
-            (size, size), Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
-        )
-        sheet.paste(plain, (gap, y + head))
-        pen.multiline_text((gap, y), _wrap(question, 42), fill="black", font_size=13)
-        for column, (name, vlm) in enumerate(models.items(), start=1):
-            x = gap + column * (size + gap)
-            sheet.paste(heat(picture, question_attention(vlm, picture, question), size), (x, y + head))
-            pen.multiline_text(
-                (x, y),
-                f"{name}\n{vlm.answer(picture, question, max_new_tokens=16)}",
-                fill="black",
-                font_size=13,
-            )
-    sheet.save(file)
-
-
-def _wrap(text: str, width: int) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width))
+        picture, y = data.open_picture(path), GAP + row * (HEAD + SIDE + GAP)
+        columns = [("\n".join(textwrap.wrap(question, 42)), enlarge(picture))]
+        for name, vlm in models.items():
+            answer = vlm.answer(picture, question, max_new_tokens=16)
+            columns.append((f"{name}\n{answer}", heat(picture, question_attention(vlm, picture, question))))
+        for column, (text, image) in enumerate(columns):
+            x = GAP + column * (SIDE + GAP)
+            pen.multiline_text((x, y), text, fill="black", font_size=13)
+            sheet.paste(image, (x, y + HEAD))
+    try:
+        sheet.save(file)
+    except OSError as error:
+        raise BadInput(f"{file} could not be written ({error.strerror or error})") from None
 
 
 # ---------------------------------------------------------------- tables and command line
@@ -337,21 +330,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def load(name: str) -> model.VLM:
+    """A checkpoint that can be asked questions, on the GPU if there is one."""
+    vlm = model.load(name, device="cuda" if torch.cuda.is_available() else "cpu")
+    if vlm.tokenizer is None:
+        raise BadInput(f"{name} has no tokenizer.json; copy its language model's beside config.json")
+    return vlm
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if args.command == "tiny":
-            vlm, teacher = model.load(args.model, device=device), model.load(args.teacher, device=device)
+            vlm, teacher = load(args.model), load(args.teacher)
             world = data.make_world(args.world)
             scores = tiny_scores(vlm, world, args.scorer, args.limit)
             scores["similarity"] = attention_similarity(vlm, teacher, world)
             print(table({str(args.model): scores}))
         else:
-            models = {
-                Path(name).name if len(args.model) == 1 else name: model.load(name, device=device)
-                for name in args.model
-            }
+            models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)
             print(args.save)
     except ValueError as error:  # BadInput among them

@@ -144,7 +144,7 @@ def test_explicit_path_equals_sdpa(kv_heads, mask, layers):
     for name in expected:
         assert expected[name].abs().max() > 0, name
         torch.testing.assert_close(
-            got[name], expected[name], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name}: {m}"
+            got[name], expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 

@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import data
@@ -282,3 +284,40 @@ def test_global_batches_do_not_depend_on_ranks():
     ]
     again = [parts[r][2 * step + micro][0] for step in range(6) for micro in range(2) for r in range(2)]
     assert again == flat
+
+
+def test_main_job(tmp_path):
+    """In small: the attention distance falls, the aligned students look where the teacher looks, and the table and
+    the picture are there."""
+    out = tmp_path / "out"
+    data.make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
+    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
+    assert code == 0, text
+    scores = json.loads((out / "results.json").read_text())
+    assert list(scores) == ["teacher", *train.STUDENTS]
+    assert scores["teacher"]["recognition"] >= 90 and scores["teacher"]["compositional"] >= 85
+    for name in ("CompoDistill", "CompoDistill-rows"):
+        distance = [row["adl"] for row in read_log(out / name / "stage2.jsonl")]
+        assert distance[-1] < 0.75 * distance[0], (name, distance)
+        assert scores[name]["similarity"] > scores["KD"]["similarity"] + 0.1
+        assert scores[name]["similarity"] > scores["SFT"]["similarity"] + 0.1
+    for name in train.STUDENTS:
+        first, *_, last = read_log(out / name / "stage2.jsonl")
+        assert last["lm"] < 0.7 * first["lm"] and last["step"] == 120
+    table = (out / "results.md").read_text()
+    assert table in text and all(f"| {name} |" in table for name in scores)
+    with Image.open(out / "attention.png") as picture:
+        assert picture.width > 6 * 240 and len(set(picture.convert("L").resize((200, 100)).getdata())) > 20
+    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
+    assert code != 0 and "exists already" in text and "Traceback" not in text
+
+
+def test_readme_speaks_of_what_there_is():
+    """Every file that the README links is there, and every flag it shows is known to a parser."""
+    text = (ROOT / "README.md").read_text()
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / link).exists(), link
+    source = (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text()
+    known = set(re.findall(r'"(--[\w-]+)"', source))
+    shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--nproc-per-node"}
+    assert shown and {option.replace("--no-taf", "--taf") for option in shown} <= known, shown - known
