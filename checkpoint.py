@@ -23,6 +23,11 @@ class BadInput(ValueError):
     """Something the user gave is wrong. The message is one sentence that names the file and the remedy."""
 
 
+def sentence(error: Exception) -> str:
+    """What to tell the user: the last line, without the trace that a DataLoader's worker puts before it."""
+    return str(error).strip().splitlines()[-1].removeprefix("checkpoint.BadInput: ")
+
+
 def find(path_or_hub_name: str | Path) -> Path:
     """A local folder as it is; `owner/name` from the Hugging Face hub (safetensors and JSON only)."""
     path = Path(path_or_hub_name)

@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+import shutil
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -65,7 +66,11 @@ def encode(
     num_image_tokens placeholders at the front of the turn in which <image> stood; marks in answers are plain
     text.
     """
-    ids, labels, pieces = [], [], _pieces(conversations, template)
+    return _encode_pieces(_pieces(conversations, template), tokenizer, num_image_tokens)
+
+
+def _encode_pieces(pieces: Iterable[tuple[str, bool]], tokenizer: Tokenizer, num_image_tokens: int):
+    ids, labels = [], []
     for text, supervised in pieces:
         if text is IMAGE_MARK:
             new = [IMAGE_TOKEN] * num_image_tokens
@@ -81,16 +86,18 @@ def encode(
 
 def encode_prompt(conversations: list[dict], tokenizer: Tokenizer, num_image_tokens: int) -> list[int]:
     """A conversation that ends with a question -> ids that end in "ASSISTANT:", ready for generate."""
-    ids, _ = encode([*conversations, {"from": "gpt", "value": None}], tokenizer, num_image_tokens)
-    return ids
+    pieces = list(_pieces([*conversations, {"from": "gpt", "value": ""}], "chat"))[:-2]  # no answer, no end
+    return _encode_pieces(pieces, tokenizer, num_image_tokens)[0]
 
 
 def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool]]:
     """The conversation from left to right as (text, supervised), with IMAGE_MARK and END_OF_TEXT."""
-    speakers = [turn.get("from") for turn in conversations]
-    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+    turns = conversations if isinstance(conversations, list) else []
+    if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
+        raise BadInput('"conversations" is not a list of {"from": ..., "value": text}')
+    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise BadInput("a conversation is an even number of turns, human and gpt alternating, human first")
-    if sum(str(turn["value"]).count(IMAGE_MARK) for turn in conversations[::2]) > 1:
+    if sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2]) > 1:
         raise BadInput(f"a conversation has more than one {IMAGE_MARK}; a sample holds none or one picture")
     if template == "pretrain":
         if IMAGE_MARK in conversations[0]["value"]:
@@ -106,9 +113,8 @@ def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, boo
             yield f"\n{question} ASSISTANT:", False
         else:
             yield f"{before}USER: {question} ASSISTANT:", False
-        if gpt["value"] is not None:  # None: a prompt, which ends here
-            yield " " + gpt["value"].strip(), True
-            yield END_OF_TEXT, True
+        yield " " + gpt["value"].strip(), True
+        yield END_OF_TEXT, True
         before = ""
 
 
@@ -198,12 +204,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         name = record.get("id", index)
         try:
             ids, labels = encode(
-                record["conversations"], self.tokenizer, self.num_image_tokens, self.template
+                record.get("conversations"), self.tokenizer, self.num_image_tokens, self.template
             )
             sample = {"id": name, "input_ids": ids, "labels": labels}
             if record.get("image"):
                 sample["pixel_values"] = preprocess(inside(self.images, record["image"]), self.image_size)
-        except (BadInput, KeyError, TypeError) as error:
+        except (BadInput, TypeError) as error:  # TypeError: an image that is no text
             raise BadInput(f"{self.file}, record {name}: {error}; mend or remove it") from None
         return sample
 
@@ -212,11 +218,15 @@ def read_records(file: Path) -> list[dict]:
     """A JSON file that holds a non-empty list."""
     try:
         records = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{file}: no such file; give the LLaVA JSON with --data") from None
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read ({error.strerror}); give a LLaVA JSON with --data") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not valid JSON ({error})") from None
-    if not isinstance(records, list) or not records:
+    if (
+        not isinstance(records, list)
+        or not records
+        or not all(isinstance(record, dict) for record in records)
+    ):
         raise BadInput(f"{file} is not a list of records, or an empty one")
     return records
 
@@ -411,16 +421,25 @@ def make_world(
     if folder.exists():
         raise BadInput(f"{folder} exists and is not a tiny world; remove it or choose another --out")
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    (temporary / "images").mkdir(parents=True)
-    (temporary / "test").mkdir()
+    try:
+        (temporary / "images").mkdir(parents=True)
+        (temporary / "test").mkdir()
+        _write_world(temporary, seed, tune, pretrain, per_kind)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: int) -> None:
     rng = random.Random(seed)
 
     def write(name: str, content: list | dict) -> None:
-        (temporary / name).write_text(json.dumps(content), encoding="utf-8")
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
 
     def picture(name: str, split: str) -> Scene:
         scene = random_scene(rng, split)
-        draw(scene).save(temporary / "images" / f"{name}.png")
+        draw(scene).save(folder / "images" / f"{name}.png")
         return scene
 
     captions = []
@@ -455,8 +474,6 @@ def make_world(
     for kind, items in composition.items():
         write(f"test/{kind}.json", items)
     write("world.json", {"seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind})
-    os.replace(temporary, folder)
-    return folder
 
 
 def make_tokenizer() -> Tokenizer:

@@ -111,7 +111,8 @@ def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tenso
 
     student_maps (k,B,T,P), teacher_maps (m,B,T,P), query_mask (B,T) -> the chosen teacher maps (k,B,T,P). The
     paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch;
-    no gradient through the choice, and two student layers may choose the same teacher layer.
+    no gradient through the choice, and two student layers may choose the same teacher layer. So it depends on
+    how a global batch is cut into micro-batches and ranks, unlike everything else here.
     """
     outside = ~query_mask[..., None]
     s = F.normalize(student_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (k,B,T*P)

@@ -14,6 +14,9 @@ import argparse
 import json
 import sys
 import textwrap
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from torch import Tensor
 import data
 import distill
 import model
-from checkpoint import BadInput
+from checkpoint import BadInput, sentence
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -41,17 +44,19 @@ def prompt(vlm: model.VLM, picture: Path, question: str) -> dict:
     return {"input_ids": ids, "labels": [data.IGNORE] * len(ids), "pixel_values": pixels}
 
 
-def batches(samples: list[dict], device: torch.device, size: int = BATCH):
-    for i in range(0, len(samples), size):
-        batch = data.collate(samples[i : i + size])
+def batches(samples: Iterable[dict], device: torch.device, size: int = BATCH):
+    """Samples, made one batch at a time -> batches on the device."""
+    samples = iter(samples)
+    while chunk := list(islice(samples, size)):
+        batch = data.collate(chunk)
         yield {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
         }
 
 
 @torch.no_grad()
-def next_token_logits(vlm: model.VLM, samples: list[dict]) -> Tensor:
-    """What comes first after each prompt: -> (number of samples, V)."""
+def next_token_logits(vlm: model.VLM, samples: Iterable[dict]) -> Tensor:
+    """What comes first after each prompt: -> (samples, V)."""
     rows = []
     for batch in batches(samples, vlm.device):
         embeds, mask = vlm.embed(batch["input_ids"], batch["pixel_values"]), batch["attention_mask"]
@@ -65,15 +70,16 @@ def first_token(vlm: model.VLM, answer: str) -> int:
     return vlm.tokenizer.encode(" " + answer, add_special_tokens=False).ids[0]
 
 
-def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]], ask=data.caption_question) -> list[float]:
-    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption than for the negative; ties are
-    wrong.
-    """
-    samples = [prompt(vlm, picture, ask(caption)) for picture, *captions in pairs for caption in captions]
+def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
+    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption; ties are wrong."""
+    samples = (
+        prompt(vlm, picture, data.caption_question(caption))
+        for picture, *captions in pairs
+        for caption in captions
+    )
     logits = next_token_logits(vlm, samples)
-    yes = (logits[:, first_token(vlm, "yes")] - logits[:, first_token(vlm, "no")]).view(
-        -1, 2
-    )  # log odds (pairs, 2)
+    log_odds = logits[:, first_token(vlm, "yes")] - logits[:, first_token(vlm, "no")]
+    yes = log_odds.view(-1, 2)  # (pairs, true and negative)
     return (yes[:, 0] > yes[:, 1]).float().tolist()
 
 
@@ -84,57 +90,55 @@ CHOICE = (
 
 
 def choice_ab(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
-    """Both orders: 1.0, 0.5 or 0.0 for how often the letter of the true caption is the likelier of A and
-    B.
-    """
-    samples = [
+    """Both orders: 1.0, 0.5 or 0.0 for how often the true caption's letter is the likelier of A and B."""
+    samples = (
         prompt(vlm, picture, CHOICE.format(*order))
         for picture, true, wrong in pairs
         for order in ((true, wrong), (wrong, true))
-    ]
+    )
     logits = next_token_logits(vlm, samples)
-    a_over_b = (logits[:, first_token(vlm, "A")] - logits[:, first_token(vlm, "B")]).view(
-        -1, 2
-    )  # (pairs, order)
+    log_odds = logits[:, first_token(vlm, "A")] - logits[:, first_token(vlm, "B")]
+    a_over_b = log_odds.view(-1, 2)  # (pairs, order)
     return ((a_over_b[:, 0] > 0).float() + (a_over_b[:, 1] < 0).float()).div(2).tolist()
 
 
 @torch.no_grad()
 def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean: bool = False) -> list[float]:
-    """1.0 where log P(caption | picture, "Describe the picture.") is higher for the true one; `mean`: per
-    token.
-    """
-    samples = []
-    for picture, *captions in pairs:
-        for caption in captions:
-            turns = [
-                {"from": "human", "value": f"{data.IMAGE_MARK}\nDescribe the picture."},
-                {"from": "gpt", "value": caption},
-            ]
-            ids, labels = data.encode(turns, vlm.tokenizer, vlm.num_image_tokens)
-            pixels = data.preprocess(picture, vlm.config.vision.image_size)
-            samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    """1.0 where log P(caption | picture, DESCRIBE) is higher for the true caption; `mean`: per token."""
+    samples = (described(vlm, picture, caption) for picture, *captions in pairs for caption in captions)
     scores = []
-    for batch in batches(samples, vlm.device, size=64):
-        logits = (
-            vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits[:, :-1].float()
-        )
+    for batch in batches(samples, vlm.device, size=BATCH // 4):
+        logits = vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
-        log_p = -F.cross_entropy(
-            logits.transpose(1, 2), labels, ignore_index=data.IGNORE, reduction="none"
-        ).sum(1)
-        scores.append(log_p / (labels != data.IGNORE).sum(1) if mean else log_p)
+        loss = F.cross_entropy(
+            logits.float().transpose(1, 2), labels, ignore_index=data.IGNORE, reduction="none"
+        )
+        scores.append(-loss.sum(1) / ((labels != data.IGNORE).sum(1) if mean else 1))
     scores = torch.cat(scores).view(-1, 2)
     return (scores[:, 0] > scores[:, 1]).float().tolist()
 
 
-SCORERS = {"yes": paired_yes, "choice": choice_ab, "likelihood": caption_likelihood}
+def described(vlm: model.VLM, picture: Path, caption: str) -> dict:
+    """A sample for collate: the picture, the request to describe it, and the caption as the answer."""
+    question = {"from": "human", "value": f"{data.IMAGE_MARK}\n{data.DESCRIBE}"}
+    answer = {"from": "gpt", "value": caption}
+    ids, labels = data.encode([question, answer], vlm.tokenizer, vlm.num_image_tokens)
+    pixels = data.preprocess(picture, vlm.config.vision.image_size)
+    return {"input_ids": ids, "labels": labels, "pixel_values": pixels}
+
+
+SCORERS = {
+    "yes": paired_yes,
+    "choice": choice_ab,
+    "likelihood": caption_likelihood,
+    "likelihood-per-token": partial(caption_likelihood, mean=True),
+}
 
 
 def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[float]:
     """1.0 where the greedy answer to (picture, question) is the expected one, letter for letter."""
     right = []
-    samples = [prompt(vlm, picture, question) for picture, question, _ in items]
+    samples = (prompt(vlm, picture, question) for picture, question, _ in items)
     answers = iter(items)
     for batch in batches(samples, vlm.device):
         new = vlm.generate(
@@ -150,9 +154,7 @@ def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[fl
 
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
-    """-> {recognition kind: [(picture, question, answer)]}, {composition kind: [(picture, true,
-    negative)]}.
-    """
+    """-> two dicts by kind: of [(picture, question, answer)] and of [(picture, true caption, negative)]."""
     recognition = {kind: [] for kind in data.RECOGNITION}
     for item in data.read_records(world / "test" / "recognition.json"):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
@@ -182,34 +184,25 @@ def tiny_scores(
 def attention_similarity(
     student: model.VLM, teacher: model.VLM, world: Path, limit: int | None = 100
 ) -> float:
-    """Mean cosine, over the true captions of the test items, of each text query's attention over the picture:
-    student's understanding layers against the mean of their teacher groups.
+    """How much the student looks where its teacher looks, from -1 to 1.
+
+    The mean cosine of attention over the picture, over the text queries of the true captions (the first `limit`
+    of each kind) and the understanding layers, each against the mean of its teacher group.
     """
-    s_layers = distill.understanding_layers(len(student.lm.model.layers))
-    t_layers = distill.understanding_layers(len(teacher.lm.model.layers))
-    groups = distill.match_layers(s_layers, t_layers)
+    layers = [distill.understanding_layers(len(vlm.lm.model.layers)) for vlm in (student, teacher)]
+    groups = distill.match_layers(*layers)
     _, composition = tiny_items(world, limit)
-    samples = [
-        prompt(teacher, picture, data.caption_question(true))
-        for pairs in composition.values()
-        for picture, true, _ in pairs
-    ]
+    pairs = [pair for kind in composition.values() for pair in kind]
     distance = count = 0
-    for batch in batches(samples, teacher.device):
-        look = [
-            vlm(
-                batch["input_ids"],
-                batch["pixel_values"],
-                batch["attention_mask"],
-                layers,
-                batch["visual_columns"],
-            ).attentions
-            for vlm, layers in ((student, s_layers), (teacher, t_layers))
-        ]
-        rows = distill.query_rows(
-            "text", batch["visual_columns"], batch["has_image"], batch["attention_mask"]
+    samples = (prompt(student, picture, data.caption_question(true)) for picture, true, _ in pairs)
+    for batch in batches(samples, student.device):
+        ids, columns, mask = batch["input_ids"], batch["visual_columns"], batch["attention_mask"]
+        s, t = (
+            vlm(ids, batch["pixel_values"], mask, layers[i], columns).attentions
+            for i, vlm in enumerate((student, teacher))
         )
-        maps = torch.stack([look[0][layer] for layer in s_layers]), distill.group_mean(look[1], groups)
+        maps = torch.stack([s[layer] for layer in layers[0]]), distill.group_mean(t, groups)
+        rows = distill.query_rows("text", columns, batch["has_image"], mask)
         total, number = distill.visual_attention_loss(*maps, rows, rowwise=True)
         distance, count = distance + total.item(), count + number.item()
     return 1 - distance / count
@@ -251,7 +244,7 @@ def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
 
 
 def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
-    """One row per (picture, question): the picture, then where each model looks, under its name and answer."""
+    """One row per (picture, question): the picture, then where each model looks, above it its answer."""
     width, height = (SIDE + GAP) * (len(models) + 1) + GAP, (HEAD + SIDE + GAP) * len(cases) + GAP
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
@@ -276,8 +269,8 @@ def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]
 
 def tiny_cases(world: Path) -> list[tuple[Path, str]]:
     """The questions of the main job's picture: true captions of three kinds, of different pictures."""
-    _, composition = tiny_items(world, limit=3)
-    items = [composition["swap_att"][0], composition["replace_obj"][2], composition["swap_obj"][2]]
+    _, composition = tiny_items(world)
+    items = [composition["swap_att"][0], composition["replace_obj"][5], composition["swap_obj"][10]]
     return [(picture, data.caption_question(true)) for picture, true, _ in items]
 
 
@@ -288,10 +281,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     columns = ["recognition", "compositional", *data.COMPOSITION, "similarity"]
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
-        cells = [
-            f"{scores[c]:.2f}" if c == "similarity" else f"{scores[c]:.1f}" if c in scores else ""
-            for c in columns[:-1]
-        ]
+        cells = [f"{scores[column]:.1f}" for column in columns[:-1]]
         cells.append(f"{scores['similarity']:.2f}" if "similarity" in scores else "")
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
@@ -317,7 +307,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     tiny.add_argument(
         "--scorer", choices=list(SCORERS), default="yes", help="of the caption pairs (default: %(default)s)"
     )
-    tiny.add_argument("--limit", type=int, help="items per kind (default: all)")
+    tiny.add_argument(
+        "--limit", type=int, choices=range(1, 10**6), metavar="N", help="items per kind (default: all)"
+    )
     look = commands.add_parser("attention", help="a picture of where models look when they answer a question")
     look.add_argument(
         "--model", nargs="+", required=True, help="one or several checkpoint folders or hub names"
@@ -333,8 +325,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def load(name: str) -> model.VLM:
     """A checkpoint that can be asked questions, on the GPU if there is one."""
     vlm = model.load(name, device="cuda" if torch.cuda.is_available() else "cpu")
-    if vlm.tokenizer is None:
-        raise BadInput(f"{name} has no tokenizer.json; copy its language model's beside config.json")
+    vlm.require_tokenizer()
     return vlm
 
 
@@ -345,14 +336,19 @@ def main(argv: list[str] | None = None) -> None:
             vlm, teacher = load(args.model), load(args.teacher)
             world = data.make_world(args.world)
             scores = tiny_scores(vlm, world, args.scorer, args.limit)
-            scores["similarity"] = attention_similarity(vlm, teacher, world)
+            try:
+                scores["similarity"] = attention_similarity(vlm, teacher, world, args.limit or 100)
+            except (
+                ValueError
+            ) as error:  # of another size or depth than this teacher: scores there are all the same
+                print(f"no similarity to {args.teacher}: {error}")
             print(table({str(args.model): scores}))
         else:
             models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)
             print(args.save)
-    except ValueError as error:  # BadInput among them
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # BadInput among them
+        sys.exit(f"error: {sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The multimodal model: SigLIP -> adapter -> Qwen1.5, and its checkpoints.
 
-    picture (N,3,S,S) -> vision features z (N,P,C_vision) -> adapter -> visual tokens (N,P,C) ids (B,T), with
-    P placeholders where the picture stands -> embeddings, visual tokens written into them -> Qwen
+    picture (N,3,S,S) -> vision features z (N,P,C_vision) -> adapter -> visual tokens (N,P,C)
+    ids (B,T), P placeholders where a picture stands -> embeddings (B,T,C), visual tokens written in -> Qwen
 
 The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
 heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
@@ -76,6 +76,9 @@ class VLM(nn.Module):
         base = VLMConfig(vision.config, lm.config) if teacher is None else teacher.config
         width = teacher.config.text.hidden_size if taf else None
         config = replace(base, vision=vision.config, text=lm.config, taf_width=width, taf_gelu=False)
+        config = replace(
+            config, image_token_index=IMAGE_TOKEN
+        )  # the teacher's may be a word of this vocabulary
         with torch.device("meta"):
             vlm = cls(config, tokenizer)
         vlm.vision, vlm.lm = vision, lm
@@ -83,7 +86,13 @@ class VLM(nn.Module):
             vlm.adapter = TeacherAdapterFetch(teacher.adapter, width, lm.config.hidden_size)
         else:
             vlm.adapter = Adapter(vision.config.hidden_size, lm.config.hidden_size)
+        (vlm.adapter.student if taf else vlm.adapter).to(lm.model.norm.weight)  # its device and dtype
         return vlm
+
+    def require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise BadInput("a checkpoint has no tokenizer.json; copy its language model's beside config.json")
+        return self.tokenizer
 
     @property
     def num_image_tokens(self) -> int:
@@ -189,10 +198,6 @@ class VLM(nn.Module):
 
     def answer(self, image: Image.Image | str | Path | None, question: str, max_new_tokens: int = 128) -> str:
         """One question, about one picture or none, answered greedily."""
-        if self.tokenizer is None:
-            raise BadInput(
-                "this checkpoint has no tokenizer.json; copy its language model's beside config.json"
-            )
         mark = "" if image is None else data.IMAGE_MARK + "\n"
         ids = data.encode_prompt(
             [{"from": "human", "value": mark + question}], self.tokenizer, self.num_image_tokens

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import data
 import distill
 import model
-from checkpoint import BadInput
+from checkpoint import BadInput, find, sentence
 from qwen import Qwen
 from siglip import Siglip
 
@@ -56,6 +56,18 @@ STAGES = {
 }
 
 
+def number(kind: type, least: float):
+    """An argparse type: a finite number of this kind that is at least `least`."""
+
+    def convert(text: str):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least} is asked for")
+        return value
+
+    return convert
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -77,7 +89,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--make-tiny", action="store_true", help="make the shipped tiny models again, into --out"
     )
     run.add_argument(
-        "--log-every", type=int, default=10, help="steps between log lines (default: %(default)s)"
+        "--log-every", type=number(int, 1), default=10, help="steps between log lines (default: %(default)s)"
     )
 
     models = parser.add_argument_group("models: folders or hub names")
@@ -101,12 +113,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)"
     )
     method.add_argument("--taf", action=argparse.BooleanOptionalAction, help="fetch the teacher's adapter")
-    method.add_argument("--kl-weight", type=float, help="weight of L_KL")
+    method.add_argument("--kl-weight", type=number(float, 0), help="weight of L_KL")
     method.add_argument(
         "--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss"
     )
     method.add_argument(
-        "--vat-weight", type=float, default=1.0, help="weight of L_ADL (default: %(default)s)"
+        "--vat-weight", type=number(float, 0), default=1.0, help="weight of L_ADL (default: %(default)s)"
     )
     method.add_argument(
         "--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)"
@@ -126,26 +138,38 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--images", type=Path, help="folder that its picture paths start from")
     optim.add_argument(
         "--steps",
-        type=int,
+        type=number(int, 1),
         help="optimizer steps (default: the stage's; without --stage: of stage 2, "
         "the other stages in proportion)",
     )
     optim.add_argument(
         "--lr",
-        type=float,
+        type=number(float, 1e-12),
         help="peak learning rate, after 3 %% warm-up, then cosine to 0 (default: the stage's)",
     )
     optim.add_argument(
-        "--batch-size", type=int, default=32, help="samples per device and micro-batch (default: %(default)s)"
+        "--batch-size",
+        type=number(int, 1),
+        default=32,
+        help="samples per device and micro-batch (default: %(default)s)",
     )
     optim.add_argument(
-        "--accumulation", type=int, default=1, help="micro-batches per optimizer step (default: %(default)s)"
+        "--accumulation",
+        type=number(int, 1),
+        default=1,
+        help="micro-batches per optimizer step (default: %(default)s)",
     )
     optim.add_argument(
-        "--workers", type=int, default=0, help="processes that prepare batches (default: %(default)s)"
+        "--workers",
+        type=number(int, 0),
+        default=0,
+        help="processes that prepare batches (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    for flag, value in {"layers": "intermediate", **METHODS[args.method]}.items():
+    given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    if args.stage is None and given - {"out", "seed", "steps", "teacher", "make_tiny"}:
+        parser.error(f"{', '.join(sorted(given - {'out', 'seed', 'steps', 'teacher'}))}: only with --stage")
+    for flag, value in {"layers": "intermediate", "kl_shifted": True, **METHODS[args.method]}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
@@ -193,9 +217,7 @@ class Step(nn.Module):
 
         sums = {"lm": distill.lm_loss(s.logits, labels)[0]}
         if teacher is not None:
-            sums["kl"] = distill.kl_loss(
-                s.logits, t.logits, labels, shifted=self.args.vat_loss != "released"
-            )[0]
+            sums["kl"] = distill.kl_loss(s.logits, t.logits, labels, shifted=args.kl_shifted)[0]
         if self.vat_loss != "none":
             sums["adl"] = self.attention_loss(s.attentions, t.attentions, batch)
         return sums
@@ -260,55 +282,62 @@ def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank:
         for position in range(first, first + size):
             if position // num_samples != epoch:
                 epoch = position // num_samples
-                order = torch.randperm(
-                    num_samples, generator=torch.Generator().manual_seed(seed + epoch)
-                ).tolist()
+                generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+                order = torch.randperm(num_samples, generator=generator).tolist()
             indices.append(order[position % num_samples])
         yield indices
 
 
 def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[model.VLM, model.VLM | None]:
     """-> the student that this stage starts from, and its frozen teacher (None: nothing is distilled)."""
-    start = args.student or previous_output(stage, args)
+    start = find(args.student or previous_output(stage, args))
     distilled = args.kl_weight > 0 or args.vat_loss != "none"
     teacher = None
     if stage in ("1", "2") and (args.taf or distilled):
         teacher = model.load(args.teacher, device=device).requires_grad_(False)
-        if args.vision:
-            raise BadInput(
-                "--vision is for stage 0 and --method sft: a distilled student has its teacher's eyes"
-            )
+    if args.vision and (teacher is not None or stage not in ("0a", "1")):
+        raise BadInput("--vision is for a model that gets its eyes here, stages 0 and 1 without a teacher")
     if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
         vision = teacher.vision if teacher else Siglip.load(args.vision or TINY / "vision", device=device)
         lm, tokenizer = Qwen.load(start, device=device), data.load_tokenizer(start)
         student = model.VLM.assemble(vision, lm, tokenizer, teacher, taf=args.taf and teacher is not None)
     else:
         student = model.load(start, device=device)
+    student.require_tokenizer()
     if teacher is not None:
-        share_frozen(student, teacher, args.taf)
+        check_pair(student, teacher, args.taf)
+        student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
+        if args.taf:
+            student.adapter.teacher = teacher.adapter
     return student, teacher if distilled else None
 
 
-def share_frozen(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
-    """Make the student use the teacher's own vision encoder and, with TAF, adapter: one copy in memory, run
-    once for both.
-    """
+def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
+    """Both must read the same ids and the same visual tokens, or the losses compare nothing."""
+    ours, theirs = student.config, teacher.config
+    if (ours.vision_layer, ours.drop_first_patch) != (theirs.vision_layer, theirs.drop_first_patch):
+        raise BadInput(
+            "student and teacher read other vision layers or patches; train both from one --vision setting"
+        )
+    words = student.tokenizer.get_vocab()
+    other = teacher.tokenizer.get_vocab() if teacher.tokenizer else words
+    if (
+        any(other.get(word) != i for word, i in words.items())
+        or max(words.values()) >= theirs.text.vocab_size
+    ):
+        raise BadInput(
+            "student and teacher have different tokenizers; distillation needs models of one family"
+        )
+    if taf and not isinstance(student.adapter, distill.TeacherAdapterFetch):
+        raise BadInput("this student has an adapter of its own; give --no-taf, or run its stage 1 with --taf")
     pairs = [("vision encoder", student.vision, teacher.vision)]
-    if taf:
-        if not isinstance(student.adapter, distill.TeacherAdapterFetch):
-            raise BadInput(
-                "this student has an adapter of its own; give --no-taf, or run its stage 1 with --taf"
-            )
-        pairs.append(("fetched adapter", student.adapter.teacher, teacher.adapter))
+    pairs += [("fetched adapter", student.adapter.teacher, teacher.adapter)] if taf else []
     for name, ours, theirs in pairs:
         ours, theirs = ours.state_dict(), theirs.state_dict()
         if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
             raise BadInput(
                 f"the student's {name} is not the teacher's: both must come from the same --teacher"
             )
-    student.vision = teacher.vision
-    if taf:
-        student.adapter.teacher = teacher.adapter
 
 
 def previous_output(stage: str, args: argparse.Namespace) -> str:
@@ -373,6 +402,14 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     (student.adapter.student if taf else student.adapter).requires_grad_(True)
     student.lm.requires_grad_(stage not in ("0a", "1"))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    if rank == 0 and not args.quiet:
+        size, batch = sum(parameter.numel() for parameter in parameters), args.accumulation * args.batch_size
+        print(
+            f"stage {stage}: {size:,} parameters of {args.student or previous_output(stage, args)} on {device}"
+        )
+        print(
+            f"teacher: {args.teacher if teacher else 'none'}; global batch {ranks * batch}: {ranks} ranks of {batch}"
+        )
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     step_module = Step(student, teacher, stage, args)
     module = DistributedDataParallel(step_module) if ranks > 1 else step_module
@@ -455,6 +492,7 @@ def run_stages(args: argparse.Namespace) -> None:
     try:
         for stage in ("0a", "0b") if args.stage == "0" else (args.stage,):
             folder = train_stage(stage, args)
+            args.student = args.vision = None  # of stage 0, part b goes on from part a
             if int(os.environ.get("RANK", 0)) == 0:
                 print(f"stage {stage} done: {folder}")
     finally:
@@ -484,15 +522,15 @@ def tiny_world(args: argparse.Namespace) -> None:
             raise BadInput(f"{args.out / name} exists already; remove it, or choose another --out")
     started = time.time()
     print(f"tiny world: {data.make_world(args.out / 'world')}")
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
     spawn = torch.multiprocessing.get_context("spawn")
-    common = ["--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
+    common = ["--stage", "1", "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
     share = (args.steps or STAGES["2"]["steps"]) / STAGES["2"]["steps"]
     steps = {stage: max(1, round(share * STAGES[stage]["steps"])) for stage in "123"}
     waiting = {}
     for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
-        print(f"  {name:<18} python train.py --stage 1|2|3 --name {name} {flags}")
+        print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")
         waiting[name] = spawn.Process(
             target=student_process, args=([*common, "--name", name, *flags.split()], steps, threads)
         )
@@ -503,7 +541,7 @@ def tiny_world(args: argparse.Namespace) -> None:
                 running.append(waiting.pop(next(iter(waiting))))
                 running[-1].start()
             time.sleep(0.5)
-            bar.update(sum(last_step(file) for file in args.out.glob("*/stage*.jsonl")) - bar.n)
+            bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
             if any(process.exitcode for process in running):
                 for process in running:
                     process.terminate()
@@ -539,14 +577,15 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         scores = evaluation.tiny_scores(student, args.out / "world")
         scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
-    except ValueError as error:
-        sys.exit(f"{args.name}: {error}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{args.name}: {sentence(error)}")
 
 
-def last_step(log: Path) -> int:
-    """The step of a log's last whole line."""
-    lines = log.read_text().splitlines()
-    return json.loads(lines[-1])["step"] if lines else 0
+def last_step(folder: Path) -> int:
+    """How many steps a student has done, from the whole lines of its logs."""
+    logs = [log.read_text() for log in folder.glob("stage*.jsonl")]
+    lines = [log[: log.rfind("\n") + 1].splitlines() for log in logs]
+    return sum(json.loads(rows[-1])["step"] for rows in lines if rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -560,8 +599,8 @@ def main(argv: list[str] | None = None) -> None:
             run_stages(args)
         else:
             tiny_world(args)
-    except ValueError as error:  # BadInput, or what distill.py says of layers that do not match
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError) as error:  # BadInput, what distill.py says of layers, a full disk
+        sys.exit(f"error: {sentence(error)}")
 
 
 if __name__ == "__main__":

@@ -287,8 +287,7 @@ def test_global_batches_do_not_depend_on_ranks():
 
 
 def test_main_job(tmp_path):
-    """In small: the attention distance falls, the aligned students look where the teacher looks, and the table and
-    the picture are there."""
+    """In small: the distance falls, aligned students look where the teacher looks, table and picture are there."""
     out = tmp_path / "out"
     data.make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
     code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)

@@ -60,21 +60,14 @@ def make_tiny(args: argparse.Namespace) -> None:
         pretrain_text(lm, tokenizer, args.seed, name)
         write_folder(args.out / name, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
 
-    args.student, args.vision, args.name, args.method = (
-        str(args.out / "teacher-lm"),
-        str(args.out / "vision"),
-        "stages",
-        "sft",
-    )
+    args.student, args.vision, args.name = args.out / "teacher-lm", args.out / "vision", "stages"
     train_stage("0a", args)
-    args.student = None
+    args.student = args.vision = None
     shutil.move(train_stage("0b", args), args.out / "teacher")
 
 
 def spread(module: nn.Module) -> None:
-    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster from it than from
-    0.02.
-    """
+    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster than from 0.02."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
