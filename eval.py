@@ -186,8 +186,8 @@ def attention_similarity(
 ) -> float:
     """How much the student looks where its teacher looks, from -1 to 1.
 
-    The mean cosine of attention over the picture, over the text queries of the true captions (the first `limit`
-    of each kind) and the understanding layers, each against the mean of its teacher group.
+    The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
+    each kind and over the understanding layers, each against the mean of its teacher group.
     """
     layers = [distill.understanding_layers(len(vlm.lm.model.layers)) for vlm in (student, teacher)]
     groups = distill.match_layers(*layers)

@@ -42,9 +42,9 @@ METHODS = {
     "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),
     "kd": dict(taf=False, kl_weight=1.0, vat_loss="none"),
     "compodistill": dict(taf=True, kl_weight=1.0, vat_loss="cosine"),
-    "released": dict(
-        taf=True, kl_weight=1.0, vat_loss="released", layers="released"
-    ),  # as the released code has it
+    "released": dict(  # as the released code has it
+        taf=True, kl_weight=1.0, kl_shifted=False, vat_loss="released", layers="released"
+    ),
 }
 # Defaults of the tiny world; the README's stage table has the paper's.
 STAGES = {
@@ -204,9 +204,7 @@ class Step(nn.Module):
     def forward(self, batch: dict) -> dict[str, Tensor]:
         student, teacher, args = self.student, self.teacher[0], self.args
         ids, labels, columns = batch["input_ids"], batch["labels"], batch["visual_columns"]
-        common = dict(
-            visual_columns=columns
-        )  # no mask: padding stands on the right, where causality hides it
+        common = dict(visual_columns=columns)  # no mask: causality hides padding on the right
         with torch.no_grad():
             z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
             if teacher is not None:
@@ -403,13 +401,11 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     student.lm.requires_grad_(stage not in ("0a", "1"))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     if rank == 0 and not args.quiet:
-        size, batch = sum(parameter.numel() for parameter in parameters), args.accumulation * args.batch_size
-        print(
-            f"stage {stage}: {size:,} parameters of {args.student or previous_output(stage, args)} on {device}"
-        )
-        print(
-            f"teacher: {args.teacher if teacher else 'none'}; global batch {ranks * batch}: {ranks} ranks of {batch}"
-        )
+        start, size = args.student or previous_output(stage, args), sum(p.numel() for p in parameters)
+        batch = args.accumulation * args.batch_size
+        print(f"stage {stage}: {start}, {size:,} parameters trained on {device}")
+        print(f"teacher: {args.teacher if teacher else 'none'}")
+        print(f"global batch: {ranks} ranks x {args.accumulation} x {args.batch_size} = {ranks * batch}")
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     step_module = Step(student, teacher, stage, args)
     module = DistributedDataParallel(step_module) if ranks > 1 else step_module
@@ -512,9 +508,7 @@ STUDENTS = {
 
 
 def tiny_world(args: argparse.Namespace) -> None:
-    """Train and score the four students, as many at a time as there are cores, then print a table and draw a
-    picture.
-    """
+    """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
     import eval as evaluation
 
     for name in STUDENTS:
@@ -531,9 +525,8 @@ def tiny_world(args: argparse.Namespace) -> None:
     waiting = {}
     for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
         print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")
-        waiting[name] = spawn.Process(
-            target=student_process, args=([*common, "--name", name, *flags.split()], steps, threads)
-        )
+        argv = [*common, "--name", name, *flags.split()]
+        waiting[name] = spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True)
     running, total = [], len(STUDENTS) * sum(steps.values())
     with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
         while waiting or running:
@@ -577,6 +570,8 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         scores = evaluation.tiny_scores(student, args.out / "world")
         scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
+    except KeyboardInterrupt:
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"{args.name}: {sentence(error)}")
 
@@ -599,6 +594,8 @@ def main(argv: list[str] | None = None) -> None:
             run_stages(args)
         else:
             tiny_world(args)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
     except (ValueError, OSError) as error:  # BadInput, what distill.py says of layers, a full disk
         sys.exit(f"error: {sentence(error)}")
 

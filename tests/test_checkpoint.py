@@ -444,6 +444,22 @@ def test_hub_name_from_the_cache_without_network(variable, below, tmp_path):
     assert json.loads(python(LOAD, **{variable: tmp_path})) == expected
 
 
+def test_a_hub_name_as_the_student_of_stage_1(tmp_path):
+    """train.py finds both weights and tokenizer of a plain language model by its hub name."""
+    snapshot = hub_cache(tmp_path)
+    for file in snapshot.iterdir():
+        file.unlink()
+    for file in (ROOT / "tiny/student").iterdir():
+        shutil.copy(file, snapshot)
+    script = f"""
+import train
+args = train.parse_args(["--stage", "1", "--student", "owner/name", "--out", {str(tmp_path / "out")!r}])
+student, _ = train.load_models("1", args, "cpu")
+print(student.config.text.hidden_size, student.tokenizer.get_vocab_size())
+"""
+    assert python(script, HF_HUB_CACHE=tmp_path).split() == ["48", "476"]
+
+
 def test_half_a_checkpoint_in_the_cache(tmp_path):
     """A download that was cut off: the message names the missing file."""
     snapshot = hub_cache(tmp_path)

@@ -182,10 +182,77 @@ def test_every_row_of_the_ablation_tables_runs(world, tmp_path, flags):
     assert isinstance(student.answer(world / "images/test-0.png", "What colour is the circle?"), str)
 
 
-def test_stage_0_makes_a_teacher(world, tmp_path):
+def test_every_method_flag_reaches_the_loss(one_rank, world):
+    """Each row of the ablation tables is another attention loss on the same batch."""
+    out, _ = one_rank
+    teacher = model.load(train.TINY / "teacher")
+    dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
+    batch = data.collate([dataset[i] for i in range(6)])
+    flags = ["", "--vat-rows", "--vat-queries text", "--vat-queries image", "--vat-loss mse", "--vat-loss kl",
+             "--layers early", "--layers later", "--layers all", "--matching simple", "--matching adaptive",
+             "--vat-loss released"]  # fmt: skip
+    values = {}
+    for flag in flags:
+        args = train.parse_args(["--stage", "2", *flag.split()])
+        step = train.Step(model.load(out / "student/stage1"), teacher, "2", args)
+        values[flag] = (step(batch)["adl"] / step.counts(batch)[1]).item()
+    assert all(0 < value < 5 for value in values.values()), values
+    assert len({round(value, 6) for value in values.values()}) == len(flags), values
+    released = train.parse_args("--stage 2 --method released --layers intermediate".split())
+    shifted, unshifted = (
+        train.Step(model.load(out / "student/stage1"), teacher, "2", args)(batch)["kl"].item()
+        for args in (train.parse_args(["--stage", "2"]), released)
+    )
+    assert shifted != pytest.approx(unshifted, rel=1e-3)
+
+
+def test_stage_0_makes_a_teacher_of_any_language_model(world, tmp_path):
+    """Both parts in one call; part b goes on from part a, whatever --student said."""
     where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path]
-    train.main(list(map(str, ["--stage", "0", *where, "--steps", 2, "--batch-size", 4])))
-    assert model.load(tmp_path / "teacher/stage0b").num_image_tokens == 16
+    models = ["--student", train.TINY / "student", "--vision", train.TINY / "vision"]
+    train.main(list(map(str, ["--stage", "0", *where, *models, "--steps", 2, "--batch-size", 4])))
+    teacher = model.load(tmp_path / "teacher/stage0b")
+    assert teacher.num_image_tokens == 16 and teacher.config.text.hidden_size == 48
+
+
+@pytest.mark.parametrize("taf", [False, True])
+def test_new_adapters_are_where_the_model_is(taf):
+    """On a GPU, say; the meta device stands in for it here."""
+    teacher = model.load(train.TINY / "teacher").to("meta")
+    lm = model.Qwen.load(train.TINY / "student").to("meta")
+    student = model.VLM.assemble(teacher.vision, lm, teacher.tokenizer, teacher, taf=taf)
+    assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_models_that_do_not_belong_together_are_refused(one_rank, world, tmp_path):
+    """Other visual tokens, another tokenizer, another vision encoder: the losses would compare nothing."""
+    out, _ = one_rank
+    teacher = model.load(train.TINY / "teacher")
+    student = model.load(out / "student/stage1")
+    train.check_pair(student, teacher, taf=True)
+    with torch.no_grad():
+        model.load(train.TINY / "teacher").save(tmp_path / "layer")
+    change_config(tmp_path / "layer", vision_feature_layer=-1)
+    with pytest.raises(ValueError, match="vision layers"):
+        train.check_pair(student, model.load(tmp_path / "layer"), taf=True)
+    tokenizer = json.loads((train.TINY / "teacher/tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["Ġred"], vocab["Ġblue"] = vocab["Ġblue"], vocab["Ġred"]
+    teacher.save(tmp_path / "words")
+    (tmp_path / "words/tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="tokenizers"):
+        train.check_pair(student, model.load(tmp_path / "words"), taf=True)
+    other = model.load(train.TINY / "teacher")
+    other.vision.embeddings.patch_embedding.bias.data += 1
+    with pytest.raises(ValueError, match="vision encoder"):
+        train.check_pair(student, other, taf=True)
+    with pytest.raises(ValueError, match="adapter of its own"):
+        train.check_pair(teacher, teacher, taf=True)
 
 
 def broken(tmp_path, world):
@@ -199,12 +266,19 @@ def broken(tmp_path, world):
     outside = tmp_path / "outside.json"
     turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
     outside.write_text(json.dumps([{"id": "evil", "image": "../../etc/passwd", "conversations": turns}] * 8))
+    no_turns = tmp_path / "no_turns.json"
+    no_turns.write_text('[{"id": 7, "text": "hello"}]')
     images = ["--images", world / "images"]
     return {
         "no teacher": (["--stage", "1", "--teacher", tmp_path / "none"], ["none"]),
         "plain language model as teacher": (
             ["--stage", "1", "--teacher", train.TINY / "student"],
             ["config.json", "qwen2"],
+        ),
+        "a folder as data": (["--stage", "1", "--data", tmp_path, *images], [str(tmp_path)]),
+        "a record without turns": (
+            ["--stage", "1", "--data", no_turns, *images],
+            ["record 7", "conversations"],
         ),
         "truncated teacher": (["--stage", "1", "--teacher", half], ["model.safetensors"]),
         "stage 2 without stage 1": (["--stage", "2"], ["stage1", "--stage 1"]),
@@ -219,13 +293,13 @@ def broken(tmp_path, world):
     }
 
 
-CASES = """no teacher|plain language model as teacher|truncated teacher|stage 2 without stage 1
-stage 3 without stage 2|no data|broken data|no images|a picture outside its folder""".replace(
-    "\n", "|"
-).split("|")
+CASES = """
+no teacher|plain language model as teacher|truncated teacher|stage 2 without stage 1|stage 3 without stage 2
+no data|broken data|a folder as data|a record without turns|no images|a picture outside its folder
+"""
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES.strip().replace("\n", "|").split("|"))
 def test_bad_input_is_one_sentence(case, world, tmp_path):
     argv, words = broken(tmp_path, world)[case]
     out = tmp_path / "out"
@@ -240,7 +314,20 @@ def test_bad_input_is_one_sentence(case, world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv", ["--stage 4", "--method magic", "--vat-loss l1", "--unknown", "--stage 2 --data x.json"]
+    "argv",
+    [
+        "--stage 4",
+        "--stage 2 --method magic",
+        "--stage 2 --vat-loss l1",
+        "--unknown",
+        "--stage 2 --data x.json",
+        "--stage 2 --steps 0",
+        "--stage 2 --lr 0",
+        "--stage 2 --batch-size -1",
+        "--stage 2 --kl-weight nan",
+        "--method sft",
+        "--lr 1e-3",
+    ],
 )
 def test_unknown_flag_values_are_refused(argv, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -287,7 +374,7 @@ def test_global_batches_do_not_depend_on_ranks():
 
 
 def test_main_job(tmp_path):
-    """In small: the distance falls, aligned students look where the teacher looks, table and picture are there."""
+    """In small: the distance falls, aligned students look like the teacher, table and picture are there."""
     out = tmp_path / "out"
     data.make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
     code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
@@ -306,7 +393,7 @@ def test_main_job(tmp_path):
     table = (out / "results.md").read_text()
     assert table in text and all(f"| {name} |" in table for name in scores)
     with Image.open(out / "attention.png") as picture:
-        assert picture.width > 6 * 240 and len(set(picture.convert("L").resize((200, 100)).getdata())) > 20
+        assert picture.width > 6 * 240 and len(set(picture.convert("L").tobytes())) > 20
     code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
     assert code != 0 and "exists already" in text and "Traceback" not in text
 

@@ -67,7 +67,7 @@ def make_tiny(args: argparse.Namespace) -> None:
 
 
 def spread(module: nn.Module) -> None:
-    """Weights of standard deviation 1 / sqrt(inputs), biases 0: small networks learn faster than from 0.02."""
+    """Weights of standard deviation 1 / sqrt(inputs), biases 0: learns faster than from 0.02."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
