@@ -118,20 +118,16 @@ def _pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, boo
         before = ""
 
 
+PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 def open_picture(file: str | Path) -> Image.Image:
     """An RGB picture from a file."""
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        Image.DecompressionBombError,
-    ) as error:  # all that Pillow raises
-        raise BadInput(
-            f"{file} cannot be read as a picture ({error}); replace or leave out the file"
-        ) from None
+    except PILLOW_ERRORS as error:
+        raise BadInput(f"{file} cannot be read as a picture ({error}); replace it or leave it out") from None
 
 
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
@@ -182,9 +178,7 @@ def collate(samples: list[dict]) -> dict:
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """LLaVA JSON: a list of {"id", "image" (a path under `images`, or absent), "conversations"} -> samples
-    for collate.
-    """
+    """Samples for collate from LLaVA JSON, a list of {"id", "image" (under `images`, or none), "conversations"}."""
 
     def __init__(
         self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"
@@ -200,16 +194,18 @@ class LlavaDataset(torch.utils.data.Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
-        name = record.get("id", index)
+        record, name = self.records[index], index
         try:
-            ids, labels = encode(
-                record.get("conversations"), self.tokenizer, self.num_image_tokens, self.template
-            )
+            name, turns = record.get("id", index), record.get("conversations")
+            ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
             sample = {"id": name, "input_ids": ids, "labels": labels}
             if record.get("image"):
                 sample["pixel_values"] = preprocess(inside(self.images, record["image"]), self.image_size)
-        except (BadInput, TypeError) as error:  # TypeError: an image that is no text
+        except (
+            BadInput,
+            TypeError,
+            AttributeError,
+        ) as error:  # no record, or an image that is no text
             raise BadInput(f"{self.file}, record {name}: {error}; mend or remove it") from None
         return sample
 
@@ -222,11 +218,7 @@ def read_records(file: Path) -> list[dict]:
         raise BadInput(f"{file} cannot be read ({error.strerror}); give a LLaVA JSON with --data") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{file} is not valid JSON ({error})") from None
-    if (
-        not isinstance(records, list)
-        or not records
-        or not all(isinstance(record, dict) for record in records)
-    ):
+    if not isinstance(records, list) or not records or not isinstance(records[0], dict):
         raise BadInput(f"{file} is not a list of records, or an empty one")
     return records
 
@@ -255,9 +247,7 @@ RECOGNITION = ("colour", "shape", "exists", "where")
 COMPOSITION = ("swap_obj", "swap_att", "replace_obj", "replace_rel", "replace_att", "add_obj", "add_att")
 
 Kind = tuple[str, str]  # (colour, shape)
-Scene = dict[
-    Kind, tuple[int, int]
-]  # what is in the picture -> its cell (column, row); every kind at most once
+Scene = dict[Kind, tuple[int, int]]  # each thing in the picture -> its cell (column, row)
 
 
 def random_scene(rng: random.Random, split: str) -> Scene:
@@ -357,9 +347,7 @@ def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]
             return None
         return listed(a, b), listed(*swapped)
     if kind in ("replace_obj", "replace_att"):
-        same = (
-            0 if kind == "replace_obj" else 1
-        )  # what the wrong object has in common with a: its colour, or its shape
+        same = int(kind == "replace_att")  # what the wrong object has in common with a: colour (0) or shape
         wrong = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in scene and (c, s)[same] == a[same]]
         return (related(a, b, relation), related(rng.choice(wrong), b, relation)) if wrong else None
     if kind == "add_obj":
@@ -368,9 +356,9 @@ def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]
         if a[1] == b[1]:
             return None
         wrong = rng.choice([c for c in COLOURS if (c, a[1]) not in scene]), a[1]
-        return (
-            (listed(a, b), listed(a[1:], absent)) if longer_is_true else (listed(a[1:], b), listed(wrong, b))
-        )
+        if longer_is_true:
+            return listed(a, b), listed(a[1:], absent)
+        return listed(a[1:], b), listed(wrong, b)
     raise ValueError(kind)
 
 
@@ -401,8 +389,6 @@ def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> 
 
 # How often each question is asked in training. Much of "where" and relations lets space be learned soon.
 MIX = {"where": 4, "at": 1, "colour": 1, "shape": 1, "exists": 1, "column": 3, "row": 3, "caption": 6}
-
-
 DESCRIBE = "Describe the picture."
 
 
