@@ -1,10 +1,11 @@
-"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER` (see the
-README for its time).
+"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER`.
 
-tokenizer           byte-level BPE of the tiny world's words
-vision              SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
-teacher-lm, student plain Qwen language models, pre-trained on the tiny world's text without any picture
-teacher             stage 0a and 0b of train.py on vision and teacher-lm
+    tokenizer            byte-level BPE of the tiny world's words
+    vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
+    teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
+    teacher              stages 0a and 0b of train.py on vision and teacher-lm
+
+The README has its time and the teacher's scores.
 """
 
 import argparse
