@@ -178,7 +178,7 @@ def collate(samples: list[dict]) -> dict:
 
 
 class LlavaDataset(torch.utils.data.Dataset):
-    """LLaVA JSON, a list of {"id", "image" (under `images`) or none, "conversations"} -> samples for collate."""
+    """LLaVA JSON, a list of {"id", "image" or none, "conversations"} -> samples for collate."""
 
     def __init__(
         self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"
