@@ -61,7 +61,9 @@ def next_token_logits(vlm: model.VLM, samples: Iterable[dict]) -> Tensor:
     for batch in batches(samples, vlm.device):
         embeds, mask = vlm.embed(batch["input_ids"], batch["pixel_values"]), batch["attention_mask"]
         hidden, _ = vlm.lm.hidden(None, mask, (), None, embeds, None)  # (B,T,C)
-        rows.append(vlm.lm.head(hidden[torch.arange(len(hidden)), mask.sum(1) - 1]).float())
+        rows.append(
+            vlm.lm.head(hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]).float()
+        )
     return torch.cat(rows)
 
 

@@ -183,7 +183,7 @@ class VLM(nn.Module):
         for _ in range(max_new_tokens):
             hidden, _ = self.lm.hidden(None, mask, (), None, embeds, cache)
             logits = self.lm.head(
-                hidden[torch.arange(len(hidden)), last]
+                hidden[torch.arange(len(hidden), device=hidden.device), last]
             ).float()  # (B,V), read at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
