@@ -61,9 +61,8 @@ def next_token_logits(vlm: model.VLM, samples: Iterable[dict]) -> Tensor:
     for batch in batches(samples, vlm.device):
         embeds, mask = vlm.embed(batch["input_ids"], batch["pixel_values"]), batch["attention_mask"]
         hidden, _ = vlm.lm.hidden(None, mask, (), None, embeds, None)  # (B,T,C)
-        rows.append(
-            vlm.lm.head(hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]).float()
-        )
+        last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]  # (B,C)
+        rows.append(vlm.lm.head(last).float())
     return torch.cat(rows)
 
 

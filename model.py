@@ -177,14 +177,13 @@ class VLM(nn.Module):
             torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         )
         last = mask.long().cumsum(1).argmax(1)  # each row's last real token
+        rows = torch.arange(len(last), device=last.device)
         cache, new = Cache(len(self.lm.model.layers)), []
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             hidden, _ = self.lm.hidden(None, mask, (), None, embeds, cache)
-            logits = self.lm.head(
-                hidden[torch.arange(len(hidden), device=hidden.device), last]
-            ).float()  # (B,V), read at one position a row
+            logits = self.lm.head(hidden[rows, last]).float()  # (B,V), read at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
                 token = torch.where(done, stops[0], token)
