@@ -197,18 +197,14 @@ class VLM(nn.Module):
 
     def answer(self, image: Image.Image | str | Path | None, question: str, max_new_tokens: int = 128) -> str:
         """One question, about one picture or none, answered greedily."""
-        mark = "" if image is None else data.IMAGE_MARK + "\n"
-        ids = data.encode_prompt(
-            [{"from": "human", "value": mark + question}], self.tokenizer, self.num_image_tokens
-        )
-        pixels = (
-            None
-            if image is None
-            else data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
-        )
-        ids = torch.tensor([ids], device=self.device)
+        tokenizer, mark = self.require_tokenizer(), "" if image is None else data.IMAGE_MARK + "\n"
+        turn = {"from": "human", "value": mark + question}
+        ids = torch.tensor([data.encode_prompt([turn], tokenizer, self.num_image_tokens)], device=self.device)
+        pixels = None
+        if image is not None:
+            pixels = data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
         new = self.generate(ids, pixels, max_new_tokens=max_new_tokens)[0].tolist()
-        return self.tokenizer.decode(new, skip_special_tokens=True).strip()
+        return tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def save(self, folder: str | Path, layout: str = "native") -> None:
         """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill /
