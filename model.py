@@ -266,7 +266,7 @@ def read_config(folder: Path) -> VLMConfig:
     ):
         raise BadInput(
             f"{file}: model_type {kind!r} is no multimodal checkpoint (nanocompodistill, compodistill or "
-            "llava, with text_config and vision_config); plain ones go through Qwen.load or Siglip.load"
+            "llava, with text_config and vision_config); plain: qwen.Qwen.load, siglip.Siglip.load"
         )
     base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
     if config.get("tie_word_embeddings") and not any(
