@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 import data
 
@@ -146,3 +147,23 @@ def test_every_word_of_the_world_is_one_token():
         tokenizer.decode(tokenizer.encode("never seen: Ångström, 三角形").ids)
         == "never seen: Ångström, 三角形"
     )
+
+
+def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch):
+    """`train.py --make-tiny` with two steps a part: the same files, shapes and tokenizer as those that ship."""
+    import tiny.make
+    import train
+
+    monkeypatch.setattr(tiny.make.pretrain_vision, "__defaults__", (2,))
+    monkeypatch.setattr(tiny.make.pretrain_text, "__defaults__", (2,))
+    data.make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
+    train.main(["--make-tiny", "--out", str(tmp_path), "--steps", "2"])
+    for name in ("vision", "teacher-lm", "student", "teacher"):
+        made, ships = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, train.TINY))
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in ships.items()}
+        for file in ("config.json", "tokenizer.json"):
+            if name != "vision" or file == "config.json":
+                made, ships = (
+                    json.loads((folder / name / file).read_text()) for folder in (tmp_path, train.TINY)
+                )
+                assert made == ships, (name, file)
