@@ -150,7 +150,7 @@ def test_every_word_of_the_world_is_one_token():
 
 
 def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch):
-    """`train.py --make-tiny` with two steps a part: the same files, shapes and tokenizer as those that ship."""
+    """`train.py --make-tiny`, two steps a part: the files, shapes and tokenizer of those that ship."""
     import tiny.make
     import train
 
@@ -159,7 +159,7 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch):
     data.make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
     train.main(["--make-tiny", "--out", str(tmp_path), "--steps", "2"])
     for name in ("vision", "teacher-lm", "student", "teacher"):
-        made, ships = (load_file(folder / name / "model.safetensors") for folder in (tmp_path, train.TINY))
+        made, ships = (load_file(root / name / "model.safetensors") for root in (tmp_path, train.TINY))
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in ships.items()}
         for file in ("config.json", "tokenizer.json"):
             if name != "vision" or file == "config.json":
