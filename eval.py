@@ -48,10 +48,7 @@ def batches(samples: Iterable[dict], device: torch.device, size: int = BATCH):
     """Samples, made one batch at a time -> batches on the device."""
     samples = iter(samples)
     while chunk := list(islice(samples, size)):
-        batch = data.collate(chunk)
-        yield {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
-        }
+        yield data.to_device(data.collate(chunk), device)
 
 
 @torch.no_grad()

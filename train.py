@@ -167,8 +167,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    if args.stage is None and given - {"out", "seed", "steps", "teacher", "make_tiny"}:
-        parser.error(f"{', '.join(sorted(given - {'out', 'seed', 'steps', 'teacher'}))}: only with --stage")
+    needless = given - {"out", "seed", "steps", "teacher", "make_tiny"}
+    if args.stage is None and needless:
+        parser.error(f"{', '.join(sorted(needless))}: only with --stage")
     for flag, value in {"layers": "intermediate", "kl_shifted": True, **METHODS[args.method]}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
@@ -192,11 +193,9 @@ class Step(nn.Module):
         self.vat_loss = args.vat_loss if stage == "2" else "none"
         self.student_layers = self.teacher_layers = ()
         if self.vat_loss != "none":
-            self.student_layers = distill.choose_layers(
-                args.layers, len(student.lm.model.layers), teacher=False
-            )
-            self.teacher_layers = distill.choose_layers(
-                args.layers, len(teacher.lm.model.layers), teacher=True
+            self.student_layers, self.teacher_layers = (
+                distill.choose_layers(args.layers, len(vlm.lm.model.layers), teacher=vlm is teacher)
+                for vlm in (student, teacher)
             )
             how = "group" if args.matching == "adaptive" else args.matching
             self.groups = distill.match_layers(self.student_layers, self.teacher_layers, how)
@@ -440,7 +439,7 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, peak)
-        micro_batches = [to_device(next(batches), device) for _ in range(args.accumulation)]
+        micro_batches = [data.to_device(next(batches), device) for _ in range(args.accumulation)]
         losses, norm = optimizer_step(module, step_module, optimizer, micro_batches, ranks)
         bar.update()
         if (step + 1) % args.log_every and step not in (0, steps - 1):
@@ -471,10 +470,6 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
 
 def pick_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-
-
-def to_device(batch: dict, device: str) -> dict:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def run_stages(args: argparse.Namespace) -> None:
