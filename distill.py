@@ -14,6 +14,8 @@ teacher's side is detached. Shapes: B batch, T tokens, P visual tokens, k matche
 width, V vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -135,42 +137,57 @@ def query_rows(which: str, visual_columns: Tensor, has_image: Tensor, attention_
     return rows & attention_mask & has_image[:, None]
 
 
+def span(query_mask: Tensor) -> slice:
+    """The shortest slice of T that holds every query of a (B,T) mask: attention is computed there only."""
+    used = query_mask.any(0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+
+
 # ---------------------------------------------------------------- VAT: the loss
 
 
 def visual_attention_loss(
-    student_maps: Tensor,
-    teacher_maps: Tensor,
+    student_maps: Sequence[Tensor] | Tensor,
+    teacher_maps: Sequence[Tensor] | Tensor,
     query_mask: Tensor,
     kind: str = "cosine",
     rowwise: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2) -> (sum, count).
 
-    student_maps, teacher_maps (k,B,T,P): head-mean attention over the visual tokens, the teacher's already
-    matched. query_mask (B,T): the rows that take part. A row without visual mass (before the image, or in a
-    sample without one) never does.
+    student_maps, teacher_maps: k of (B,T,P), head-mean attention over the visual tokens, the teacher's
+    already matched. query_mask (B,T): the rows that take part. A row without visual mass (before the image,
+    or in a sample without one) never does.
 
     cosine           1 - cos of the flattened (T*P) matrices; counts samples                     (the method)
     cosine, rowwise  1 - cos of each row of P; counts rows, in every layer                       (ours)
     mse              (student - teacher)^2; counts entries                                       (ablation)
     kl               KL(teacher || student) of each row, made a distribution; counts rows        (ablation)
     """
-    s, t = student_maps.float(), teacher_maps.detach().float()
-    t = t.masked_fill(~query_mask[..., None], 0)
-    rows = query_mask & (t.sum((0, -1)) > 0)  # (B,T)
-    s = s.masked_fill(~rows[..., None], 0)  # filled, not multiplied: what padding holds stays out, NaN too
-    count = attention_count(rows, len(s), s.shape[-1], kind, rowwise)
-    if kind == "cosine" and not rowwise:
-        cosine = F.cosine_similarity(s.flatten(2), t.flatten(2), dim=-1)  # (k,B)
-        return ((1 - cosine).mean(0) * rows.any(1)).sum(), count
-    if kind == "cosine":
-        cosine = F.cosine_similarity(s, t, dim=-1)  # (k,B,T)
-        return ((1 - cosine) * rows).sum(), count
-    if kind == "mse":
-        return (s - t).square().sum(), count
-    s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
-    return (t * ((t + EPS).log() - (s + EPS).log())).sum(), count
+    k, P = len(student_maps), student_maps[0].shape[-1]
+    mass = sum(t.detach().sum(-1) for t in teacher_maps)  # (B,T)
+    rows = query_mask & (mass > 0)
+    total = torch.zeros((), device=rows.device)
+    for s, t in zip(student_maps, teacher_maps):  # one layer's (B,T,P) at a time
+        # filled, not multiplied: what padding holds stays out, NaN too
+        s, t = (maps.float().masked_fill(~rows[..., None], 0) for maps in (s, t.detach()))
+        if kind == "cosine" and not rowwise:
+            loss = (1 - cosine(s.flatten(1), t.flatten(1))) * rows.any(1) / k  # (B,)
+        elif kind == "cosine":
+            loss = (1 - cosine(s, t)) * rows  # (B,T)
+        elif kind == "mse":
+            loss = (s - t).square()
+        else:
+            s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
+            loss = t * ((t + EPS).log() - (s + EPS).log())
+        total = total + loss.sum()
+    return total, attention_count(rows, k, P, kind, rowwise)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine similarity over the last dimension, which keeps a and b for the backward pass and no third."""
+    lengths = a.norm(dim=-1).clamp(min=EPS) * b.norm(dim=-1).clamp(min=EPS)
+    return (a * b).sum(-1) / lengths
 
 
 def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, rowwise: bool) -> Tensor:
@@ -182,7 +199,7 @@ def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, 
     return rows.sum() * num_layers * (num_columns if kind == "mse" else 1)
 
 
-EPS = 1e-8  # in the row-by-row KL
+EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
 
 
 def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,17 +237,98 @@ def kl_loss(
     distribution that predicts token t stands at t-1; `shifted=False` compares at t itself, as the released
     code does.
     """
-    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    if shifted:
-        student_logits, teacher_logits, labels = student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:]
-    answers = labels != IGNORE
-    s = student_logits[answers][:, :size].float().log_softmax(-1)  # (answer tokens, V)
-    t = teacher_logits[answers][:, :size].detach().float().log_softmax(-1)
-    return F.kl_div(s, t, reduction="sum", log_target=True), answers.sum()
+    answers = (next_tokens(labels) if shifted else labels) != IGNORE
+    return kl_divergence(student_logits[answers], teacher_logits[answers]), answers.sum()
 
 
 def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T) -> (sum, count)."""
-    logits, labels = logits[:, :-1], labels[:, 1:]
-    answers = labels != IGNORE
-    return F.cross_entropy(logits[answers].float(), labels[answers], reduction="sum"), answers.sum()
+    targets = next_tokens(labels)
+    answers = targets != IGNORE
+    return cross_entropy(logits[answers], targets[answers]), answers.sum()
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """labels (B,T) -> (B,T): what each position is to predict, the label of the token after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), over the words both have."""
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    s = student_logits[:, :size].float().log_softmax(-1)
+    t = teacher_logits[:, :size].detach().float().log_softmax(-1)
+    return F.kl_div(s, t, reduction="sum", log_target=True)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """sum of -log p(target) over the rows of logits (n,V), targets (n,)."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+# ---------------------------------------------------------------- the same two, from hidden states
+
+
+def answer_losses(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    kl_weight: float = 1.0,
+    shifted: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """lm_loss + kl_weight * kl_loss, where no more than LOGITS rows of logits exist at one time.
+
+    student, teacher: final hidden states (B,T,C) and the output matrix (V,C); labels (B,T); no teacher, no
+    KL -> the sums L_LM + kl_weight * L_KL (to differentiate), L_LM, L_KL (to show).
+    """
+    hidden, head = student
+    targets = next_tokens(labels)
+    answers = targets != IGNORE
+    x, y = hidden[answers], targets[answers]  # (n,C), (n,)
+    if teacher is None:
+        return _AnswerLosses.apply(x, head, y, None, None, 1.0, 0.0)
+    t, t_head = teacher
+    if shifted:
+        return _AnswerLosses.apply(x, head, y, t[answers], t_head, 1.0, kl_weight)
+    at = labels != IGNORE
+    weighted_lm, lm, _ = _AnswerLosses.apply(x, head, y, None, None, 1.0, 0.0)
+    weighted_kl, _, kl = _AnswerLosses.apply(hidden[at], head, labels[at], t[at], t_head, 0.0, kl_weight)
+    return weighted_lm + weighted_kl, lm, kl
+
+
+LOGITS = 64  # rows of logits (n,V) at one time
+
+
+class _AnswerLosses(torch.autograd.Function):
+    """x (n,C), W (V,C) -> the losses of the logits xW^T, and in the same pass their gradients.
+
+    With g = dL/dlogits, dL/dx = gW and dL/dW = g^T x. Each chunk of logits is used up, forward and backward,
+    before the next one is made: nothing of size (n,V) is kept or computed twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight):
+        lm, kl = x.new_zeros(2, dtype=torch.float32)
+        dx = torch.zeros_like(x)
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), LOGITS):
+            rows = slice(i, i + LOGITS)
+            with torch.enable_grad():
+                logits = F.linear(x[rows].detach(), weight.detach()).requires_grad_()  # (LOGITS,V)
+                lm_part, kl_part = cross_entropy(logits, targets[rows]), torch.zeros_like(kl)
+                if teacher is not None:
+                    kl_part = kl_divergence(logits, F.linear(teacher[rows], teacher_weight))
+                (g,) = torch.autograd.grad(lm_weight * lm_part + kl_weight * kl_part, logits)
+            lm, kl = lm + lm_part.detach(), kl + kl_part.detach()
+            dx[rows] = g @ weight
+            if dw is not None:
+                dw.addmm_(g.T, x[rows])
+        ctx.gradients = dx, dw
+        ctx.mark_non_differentiable(lm, kl)
+        return lm_weight * lm + kl_weight * kl, lm, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        dx, dw = ctx.gradients
+        return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None

@@ -29,6 +29,7 @@ import data
 import distill
 import model
 from checkpoint import BadInput, sentence
+from qwen import Look
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -56,9 +57,11 @@ def next_token_logits(vlm: model.VLM, samples: Iterable[dict]) -> Tensor:
     """What comes first after each prompt: -> (samples, V)."""
     rows = []
     for batch in batches(samples, vlm.device):
-        embeds, mask = vlm.embed(batch["input_ids"], batch["pixel_values"]), batch["attention_mask"]
-        hidden, _ = vlm.lm.hidden(None, mask, (), None, embeds, None)  # (B,T,C)
-        last = hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]  # (B,C)
+        hidden, _ = vlm.hidden(
+            batch["input_ids"], batch["pixel_values"]
+        )  # (B,T,C); causality hides padding on the right
+        last = batch["attention_mask"].sum(1) - 1
+        last = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B,C)
         rows.append(vlm.lm.head(last).float())
     return torch.cat(rows)
 
@@ -106,12 +109,13 @@ def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean:
     samples = (described(vlm, picture, caption) for picture, *captions in pairs for caption in captions)
     scores = []
     for batch in batches(samples, vlm.device, size=BATCH // 4):
-        logits = vlm(batch["input_ids"], batch["pixel_values"], batch["attention_mask"]).logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        loss = F.cross_entropy(
-            logits.float().transpose(1, 2), labels, ignore_index=data.IGNORE, reduction="none"
-        )
-        scores.append(-loss.sum(1) / ((labels != data.IGNORE).sum(1) if mean else 1))
+        hidden, _ = vlm.hidden(batch["input_ids"], batch["pixel_values"])
+        targets = distill.next_tokens(batch["labels"])
+        rows, columns = (targets != data.IGNORE).nonzero(as_tuple=True)  # logits only of what is scored
+        logits = vlm.lm.head(hidden[rows, columns]).float()  # (n,V)
+        loss = F.cross_entropy(logits, targets[rows, columns], reduction="none")
+        total = torch.zeros(len(hidden), device=loss.device).index_add_(0, rows, loss)
+        scores.append(-total / (rows.bincount(minlength=len(hidden)) if mean else 1))
     scores = torch.cat(scores).view(-1, 2)
     return (scores[:, 0] > scores[:, 1]).float().tolist()
 
@@ -188,20 +192,22 @@ def attention_similarity(
     each kind and over the understanding layers, each against the mean of its teacher group.
     """
     layers = [distill.understanding_layers(len(vlm.lm.model.layers)) for vlm in (student, teacher)]
-    groups = distill.match_layers(*layers)
+    groups = [[layer] for layer in layers[0]], distill.match_layers(*layers)
     _, composition = tiny_items(world, limit)
     pairs = [pair for kind in composition.values() for pair in kind]
     distance = count = 0
     samples = (prompt(student, picture, data.caption_question(true)) for picture, true, _ in pairs)
     for batch in batches(samples, student.device):
-        ids, columns, mask = batch["input_ids"], batch["visual_columns"], batch["attention_mask"]
-        s, t = (
-            vlm(ids, batch["pixel_values"], mask, layers[i], columns).attentions
-            for i, vlm in enumerate((student, teacher))
+        queries = distill.query_rows(
+            "text", batch["visual_columns"], batch["has_image"], batch["attention_mask"]
         )
-        maps = torch.stack([s[layer] for layer in layers[0]]), distill.group_mean(t, groups)
-        rows = distill.query_rows("text", columns, batch["has_image"], mask)
-        total, number = distill.visual_attention_loss(*maps, rows, rowwise=True)
+        rows = distill.span(queries)
+        looks = (Look(which, rows, batch["visual_columns"]) for which in groups)
+        maps = (
+            vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)[1]
+            for vlm, look in zip((student, teacher), looks)
+        )
+        total, number = distill.visual_attention_loss(*maps, queries[:, rows], rowwise=True)
         distance, count = distance + total.item(), count + number.item()
     return 1 - distance / count
 
@@ -216,10 +222,11 @@ def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: st
     -> (side, side), the attention that falls on each patch.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
-    columns, layers = batch["visual_columns"], distill.understanding_layers(len(vlm.lm.model.layers))
-    maps = vlm(batch["input_ids"], batch["pixel_values"], None, layers, columns).attentions
-    text = distill.query_rows("text", columns, batch["has_image"], batch["attention_mask"])[0]  # (T,)
-    mean = torch.stack([maps[layer][0, text] for layer in layers]).mean((0, 1)).float().cpu()  # (P,)
+    text = distill.query_rows("text", batch["visual_columns"], batch["has_image"], batch["attention_mask"])
+    layers = distill.understanding_layers(len(vlm.lm.model.layers))
+    look = Look([layers], distill.span(text), batch["visual_columns"])
+    _, (attention,) = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # (1,R,P)
+    mean = attention.mean((0, 1)).cpu()  # (P,)
     side = vlm.config.vision.image_size // vlm.config.vision.patch_size
     return F.pad(mean, (int(vlm.config.drop_first_patch), 0)).view(side, side).numpy()
 

@@ -24,7 +24,7 @@ import data
 from checkpoint import BadInput, find, load_weights, read_json, tensor_names, write_folder
 from data import IMAGE_TOKEN
 from distill import TeacherAdapterFetch
-from qwen import Cache, Output, Qwen, QwenConfig
+from qwen import Cache, Look, Output, Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
 from siglip import rename as rename_siglip
 
@@ -117,18 +117,32 @@ class VLM(nn.Module):
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attention_layers: Sequence[int] = (),
-        visual_columns: Tensor | None = None,
+        look: Look | None = None,
         visual_tokens: Tensor | None = None,
     ) -> Output:
         """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> logits
-        (B,T,V).
+        (B,T,V), attentions.
 
-        attention_layers: whose attention to return, whole (B,H,T,T), or with visual_columns (B,P) reduced to
-        the head mean at those columns (B,T,P). visual_tokens (N,P,C), the adapter's output, stand in for
-        pixel_values.
+        attention_layers: whose attention to return whole (B,H,T,T); look: maps of some rows and columns, as
+        means (B,R,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
         """
+        hidden, attentions = self.hidden(
+            input_ids, pixel_values, attention_mask, attention_layers, look, visual_tokens
+        )
+        return Output(self.lm.head(hidden), attentions)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_layers: Sequence[int] = (),
+        look: Look | None = None,
+        visual_tokens: Tensor | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
+        """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
         embeds = self.embed(input_ids, pixel_values, visual_tokens)
-        return self.lm(None, attention_mask, attention_layers, visual_columns, inputs_embeds=embeds)
+        return self.lm.hidden(None, attention_mask, attention_layers, look, inputs_embeds=embeds)
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None
@@ -182,7 +196,7 @@ class VLM(nn.Module):
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
-            hidden, _ = self.lm.hidden(None, mask, (), None, embeds, cache)
+            hidden, _ = self.lm.hidden(attention_mask=mask, inputs_embeds=embeds, cache=cache)
             logits = self.lm.head(hidden[rows, last]).float()  # (B,V), read at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):

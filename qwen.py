@@ -6,12 +6,14 @@ q/k/v have a bias, nothing else has; rotary positions; RMSNorm; keys and values 
 heads; the output head may be tied to the embedding. Left out on purpose: sliding windows (use_sliding_window
 is false in every Qwen1.5 checkpoint; true is an error), rope scaling, mixture of experts, dropout.
 
-Two ways through attention, on the same mask: torch's SDPA where nobody looks, and the plain softmax(QK^T) in
-`attention_layers`, where somebody does (distillation, pictures). tests/test_qwen.py equates them.
+Attention comes in three forms, on the same mask; tests/test_qwen.py equates them:
+    SDPA                 nobody looks: torch's fused kernel, no map exists
+    explicit_attention   the plain softmax(QK^T / sqrt(D)) V, whole maps (B,H,T,S), in `attention_layers`
+    visual_map           what distillation reads (`Look`): some rows and columns, head mean, beside SDPA
 
-Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), H heads, D head dim, C width, P
-visual tokens, V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of transformers'
-models/qwen2/modeling_qwen2.py.
+Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), R query rows looked at, H heads, D
+head dim, C width, P visual tokens, V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of
+transformers' models/qwen2/modeling_qwen2.py.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import BadInput, find, load_weights, read_json, section, to_dataclass
 
@@ -70,13 +73,21 @@ class QwenConfig:
         return c
 
 
+class Look(NamedTuple):
+    """Which attention to return as k maps (B,R,P): head means, averaged over each of k groups of layers."""
+
+    groups: Sequence[Sequence[int]]  # k groups of layers; [[8], [9]] is a map of each
+    rows: slice  # R query tokens, of every sample
+    columns: Tensor  # (B,P) key tokens: a sample's visual tokens
+
+
 class Output(NamedTuple):
-    """What a forward pass gives. attentions: {layer: (B,H,T,S)}, or {layer: (B,T,P)} where visual columns
-    were asked for.
+    """What a forward pass gives: of `attention_layers` whole maps {layer: (B,H,T,S)}, of a Look its k maps
+    [(B,R,P)].
     """
 
     logits: Tensor  # (B,T,V)
-    attentions: dict[int, Tensor]
+    attentions: dict[int, Tensor] | list[Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -106,18 +117,54 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
 
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """A = softmax(QK^T / sqrt(D)) in float32: q (B,H,T,D), k (B,H,S,D) -> (B,H,T,S).
+
+    mask True = may see; None = causal, where the last of the T queries sees all S keys.
+    """
+    T, S = q.shape[2], k.shape[2]
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
+    scores = (q @ k.transpose(-2, -1)).div_(q.shape[-1] ** 0.5)
+    return scores.masked_fill_(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+
+
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """softmax(QK^T / sqrt(D)) V with the probabilities in hand: -> (B,H,T,D), A (B,H,T,S) in float32."""
-    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
-    mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril() if mask is None else mask
-    attention = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    attention = probabilities(q, k, mask)
     return attention.to(v.dtype) @ v, attention
 
 
-def visual_columns_of(attention: Tensor, columns: Tensor) -> Tensor:
-    """Head mean, then the visual columns (paper, VAT): (B,H,T,S), columns (B,P) -> (B,T,P)."""
-    mean = attention.mean(1)
+def visual_columns_of(attention: Tensor, columns: Tensor, unseen: int = 0) -> Tensor:
+    """Head mean, then the visual columns (paper, VAT): (B,H,T,S), columns (B,P) -> (B,T,P).
+
+    `unseen` keys were left out at the end of S; their attention is 0.
+    """
+    mean = F.pad(attention.mean(1), (0, unseen))
     return mean.gather(2, columns[:, None, :].expand(-1, mean.shape[1], -1))
+
+
+CHUNK = 128  # query rows whose attention exists at one time in visual_map
+
+
+def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
+    """visual_columns_of(probabilities(q, k, mask), columns)[:, rows] -> (B,R,P), without ever holding A.
+
+    CHUNK rows at a time, and only the keys they may see; computed again in the backward pass, so that what
+    stays in memory between the two passes is (B,R,P) and nothing with heads.
+    """
+    T, S = q.shape[2], k.shape[2]
+    maps = [q.new_zeros(len(q), 0, columns.shape[1], dtype=torch.float32)]
+    for start in range(rows.start, rows.stop, CHUNK):
+        stop = min(start + CHUNK, rows.stop)
+        seen = S - T + stop  # no query of this chunk sees a key beyond
+        part = None if mask is None else mask[:, :, start:stop, :seen]
+        chunk = (q[:, :, start:stop], k[:, :, :seen], part, columns, S - seen)
+        maps.append(checkpoint(_map_of_rows, *chunk, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(maps, 1)
+
+
+def _map_of_rows(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, unseen: int) -> Tensor:
+    return visual_columns_of(probabilities(q, k, mask), columns, unseen)
 
 
 class Attention(nn.Module):
@@ -131,10 +178,11 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, kv_width)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool
-    ):
-        """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), if `look` A (B,H,T,S)."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look):
+        """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), attention.
+
+        look: None, "whole" -> attention (B,H,T,S), or a Look -> the map (B,R,P) of this layer.
+        """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -144,11 +192,11 @@ class Attention(nn.Module):
             cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))] if cache else [k, v]
             k, v = cache
         k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v)) if self.groups > 1 else (k, v)
-        if look:
+        if look == "whole":
             out, attention = explicit_attention(q, k, v, mask)
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-            attention = None
+            attention = None if look is None else visual_map(q, k, mask, look.rows, look.columns)
         return self.o_proj(out.transpose(1, 2).flatten(2)), attention
 
 
@@ -171,9 +219,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look: bool
-    ):
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look):
         out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, look)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), attention
@@ -216,45 +262,62 @@ class Qwen(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         attention_layers: Sequence[int] = (),
-        visual_columns: Tensor | None = None,
+        look: Look | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Output:
-        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and the maps of
-        `attention_layers`: whole (B,H,T,S), or with visual_columns (B,P) their head mean at those columns
-        (B,T,P).
+        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and attentions: whole
+        ones (B,H,T,S) of `attention_layers`, or the maps of a `look`.
 
         attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
         """
-        x, attentions = self.hidden(
-            input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache
-        )
+        x, attentions = self.hidden(input_ids, attention_mask, attention_layers, look, inputs_embeds, cache)
         return Output(self.head(x), attentions)
 
-    def hidden(self, input_ids, attention_mask, attention_layers, visual_columns, inputs_embeds, cache):
+    def hidden(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        attention_layers: Sequence[int] = (),
+        look: Look | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
         """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if outside := [i for i in attention_layers if not 0 <= i < len(self.model.layers)]:
+        groups = [] if look is None else look.groups
+        asked = {*attention_layers, *(i for group in groups for i in group)}
+        if outside := sorted(asked - set(range(len(self.model.layers)))):
             raise ValueError(
-                f"attention_layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}"
+                f"attention of layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}"
             )
+        if look is not None and attention_layers:
+            raise ValueError("attention_layers and look exclude each other: whole maps, or a look's")
         positions, mask = self._positions_and_mask(x, attention_mask, cache)
         rope = rope_angles(
             positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
         )
-        attentions = {}
+        whole, means = {}, [None] * len(groups)
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            x, attention = layer(x, rope, mask, layer_cache, look=i in attention_layers)
-            if attention is not None:
-                attentions[i] = (
-                    attention if visual_columns is None else visual_columns_of(attention, visual_columns)
-                )
-        return self.model.norm(x), attentions
+            wanted = None if i not in asked else "whole" if look is None else look
+            x, attention = layer(x, rope, mask, layer_cache, wanted)
+            if wanted == "whole":
+                whole[i] = attention
+            for j, group in enumerate(groups):  # the mean over a group grows as its maps appear
+                if i in group:
+                    share = attention / len(group)
+                    means[j] = share if means[j] is None else means[j].add_(share)
+        return self.model.norm(x), whole if look is None else means
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (V,C)."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def head(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
-        return F.linear(x, self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(x, self.head_weight)
 
     def _positions_and_mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None):
         """-> positions (B,T), counting real tokens only, and the one boolean mask (B,1,T,S), True = may see.

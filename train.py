@@ -32,7 +32,7 @@ import data
 import distill
 import model
 from checkpoint import BadInput, find, sentence
-from qwen import Qwen
+from qwen import Look, Qwen
 from siglip import Siglip
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
@@ -184,63 +184,83 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Step(nn.Module):
-    """Teacher and student on one batch -> the sums of the losses. Frozen parts run once, for both."""
+    """Teacher and student on one batch -> the loss. Frozen parts run once, for both; attention is looked at
+    only in the layers, rows and columns that L_ADL reads, and logits are made only where there is an answer.
+    """
 
     def __init__(self, student: model.VLM, teacher: model.VLM | None, stage: str, args: argparse.Namespace):
         super().__init__()
         self.student, self.args = student, args
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.vat_loss = args.vat_loss if stage == "2" else "none"
-        self.student_layers = self.teacher_layers = ()
         if self.vat_loss != "none":
-            self.student_layers, self.teacher_layers = (
+            student_layers, teacher_layers = (
                 distill.choose_layers(args.layers, len(vlm.lm.model.layers), teacher=vlm is teacher)
                 for vlm in (student, teacher)
             )
-            how = "group" if args.matching == "adaptive" else args.matching
-            self.groups = distill.match_layers(self.student_layers, self.teacher_layers, how)
+            adaptive = args.matching == "adaptive"  # it chooses from all layers, when it sees their maps
+            how = "group" if adaptive else args.matching
+            groups = distill.match_layers(student_layers, teacher_layers, how)
+            self.student_groups = [[layer] for layer in student_layers]
+            self.teacher_groups = [[layer] for layer in teacher_layers] if adaptive else groups
 
-    def forward(self, batch: dict) -> dict[str, Tensor]:
+    def forward(self, batch: dict, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """counts: what `counts` gives, summed over the global batch -> the loss and, to show, its terms."""
         student, teacher, args = self.student, self.teacher[0], self.args
-        ids, labels, columns = batch["input_ids"], batch["labels"], batch["visual_columns"]
-        common = dict(visual_columns=columns)  # no mask: causality hides padding on the right
+        ids, labels = batch["input_ids"], batch["labels"]
+        student_look = teacher_look = None
+        if self.vat_loss != "none":
+            queries = self.queries(batch)
+            rows, columns = distill.span(queries), batch["visual_columns"]
+            student_look, teacher_look = (
+                Look(groups, rows, columns) for groups in (self.student_groups, self.teacher_groups)
+            )
+        # no attention mask: causality hides padding on the right
+        t = None
         with torch.no_grad():
             z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
             if teacher is not None:
                 teacher_tokens = teacher.adapter(z)
-                t = teacher(ids, visual_tokens=teacher_tokens, attention_layers=self.teacher_layers, **common)
+                t, t_maps = teacher.hidden(ids, visual_tokens=teacher_tokens, look=teacher_look)
         student_tokens = student.adapter.fetch(teacher_tokens) if args.taf and teacher else student.adapter(z)
-        s = student(ids, visual_tokens=student_tokens, attention_layers=self.student_layers, **common)
+        s, s_maps = student.hidden(ids, visual_tokens=student_tokens, look=student_look)
 
-        sums = {"lm": distill.lm_loss(s.logits, labels)[0]}
-        if teacher is not None:
-            sums["kl"] = distill.kl_loss(s.logits, t.logits, labels, shifted=args.kl_shifted)[0]
+        answers, attended = counts.clamp(min=1)
+        distilled = teacher is not None and args.kl_weight > 0
+        loss, lm, kl = distill.answer_losses(
+            (s, student.lm.head_weight),
+            (t, teacher.lm.head_weight) if distilled else None,
+            labels,
+            args.kl_weight,
+            args.kl_shifted,
+        )
+        loss, terms = loss / answers, {"lm": lm / answers}
+        if distilled:
+            terms["kl"] = kl / answers
         if self.vat_loss != "none":
-            sums["adl"] = self.attention_loss(s.attentions, t.attentions, batch)
-        return sums
+            terms["adl"] = self.attention_loss(s_maps, t_maps, queries, rows, batch) / attended
+            loss = loss + args.vat_weight * terms["adl"]
+        return loss, {name: term.detach() for name, term in terms.items()}
 
-    def attention_loss(self, student: dict[int, Tensor], teacher: dict[int, Tensor], batch: dict) -> Tensor:
-        """VAT: student and teacher {layer: (B,T,P)} -> the sum of L_ADL."""
-        args, queries = self.args, self.queries(batch)
-        s = torch.stack([student[layer] for layer in self.student_layers])  # (k,B,T,P)
+    def attention_loss(
+        self, s: list[Tensor], t: list[Tensor], queries: Tensor, rows: slice, batch: dict
+    ) -> Tensor:
+        """VAT: the k maps (B,R,P) of the student and of the teacher, queries (B,T) -> the sum of L_ADL."""
+        args, queries = self.args, queries[:, rows]
         if args.matching == "adaptive":
-            all_layers = torch.stack([teacher[layer] for layer in self.teacher_layers])
-            t = distill.adaptive_match(s, all_layers, queries)
-        else:
-            t = distill.group_mean(teacher, self.groups)  # (k,B,T,P)
+            t = distill.adaptive_match(torch.stack(s), torch.stack(t), queries)
         if self.vat_loss == "released":  # visual rows only, too: (k,N,P,P)
-            rows = batch["visual_columns"][:, :, None].expand(-1, -1, s.shape[-1])
+            index = (batch["visual_columns"] - rows.start)[batch["has_image"], :, None]  # (N,P,1)
             s, t = (
-                maps.gather(2, rows.expand(len(maps), -1, -1, -1))[:, batch["has_image"]] for maps in (s, t)
+                torch.stack([m[batch["has_image"]].take_along_dim(index, 1) for m in maps]) for maps in (s, t)
             )
             return distill.released_attention_loss(s, t)[0]
         return distill.visual_attention_loss(s, t, queries, args.vat_loss, args.vat_rows)[0]
 
     def queries(self, batch: dict) -> Tensor:
         """(B,T): the query rows that are aligned."""
-        return distill.query_rows(
-            self.args.vat_queries, batch["visual_columns"], batch["has_image"], batch["attention_mask"]
-        )
+        which = "image" if self.vat_loss == "released" else self.args.vat_queries
+        return distill.query_rows(which, batch["visual_columns"], batch["has_image"], batch["attention_mask"])
 
     def counts(self, batch: dict) -> Tensor:
         """By what the sums of this batch are to be divided: (answer tokens, what L_ADL counts). Needs no
@@ -251,7 +271,7 @@ class Step(nn.Module):
             return torch.stack([answers, torch.zeros_like(answers)])
         if self.vat_loss == "released":
             return torch.stack([answers, batch["has_image"].sum()])
-        k, P = len(self.student_layers), batch["visual_columns"].shape[1]
+        k, P = len(self.student_groups), batch["visual_columns"].shape[1]
         return torch.stack(
             [answers, distill.attention_count(self.queries(batch), k, P, self.vat_loss, self.args.vat_rows)]
         )
@@ -361,26 +381,22 @@ def optimizer_step(
     number of answer tokens varies. DDP averages gradients over the ranks, hence `ranks *`. `module` is
     step_module, or DDP around it.
     """
-    args = step_module.args
-    weights = {"lm": 1.0, "kl": args.kl_weight, "adl": args.vat_weight}
     counts = torch.stack([step_module.counts(batch) for batch in micro_batches]).sum(0)
     if ranks > 1:
         dist.all_reduce(counts)
-    answers, attended = counts.clamp(min=1)
-    count = {"lm": answers, "kl": answers, "adl": attended}
-    losses = {}
+    terms = {}
     for i, batch in enumerate(micro_batches):
         last = (
             i == len(micro_batches) - 1
         )  # gradients travel between the ranks once, with the last micro-batch
         with nullcontext() if ranks == 1 or last else module.no_sync():
-            parts = {name: total / count[name] for name, total in module(batch).items()}
-            (ranks * sum(weights[name] * part for name, part in parts.items())).backward()
-        losses = {name: losses.get(name, 0) + part.detach() for name, part in parts.items()}
+            loss, parts = module(batch, counts)
+            (ranks * loss).backward()
+        terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
     norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return losses, norm.item()
+    return terms, norm.item()
 
 
 def train_stage(stage: str, args: argparse.Namespace) -> Path:

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+import distill
 from distill import (
     IGNORE,
     TeacherAdapterFetch,
     adaptive_match,
+    answer_losses,
     attention_count,
     choose_layers,
     group_mean,
@@ -25,11 +27,12 @@ from distill import (
     match_layers,
     query_rows,
     released_attention_loss,
+    span,
     understanding_layers,
     visual_attention_loss,
 )
 from model import VLM, VLMConfig
-from qwen import QwenConfig
+from qwen import Look, QwenConfig
 from siglip import SiglipConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -648,6 +651,88 @@ def test_taf_parameter_count_of_the_paper():
     assert sum(p.numel() for p in taf.parameters() if p.requires_grad) == 5_244_928
 
 
+# ---------------------------------------------------------------- losses from hidden states
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize(
+    "words", [(40, 40), (40, 33), (33, 40)], ids=["equal", "student-more", "teacher-more"]
+)
+@pytest.mark.parametrize("frozen", [False, True], ids=["head-trained", "head-frozen"])
+def test_answer_losses_are_the_plain_losses(monkeypatch, chunk, shifted, words, frozen):
+    """From hidden states in chunks = from whole logits: values, and gradients of states and output matrix."""
+    monkeypatch.setattr(distill, "LOGITS", chunk)
+    torch.manual_seed(0)
+    labels = torch.full((3, 9), IGNORE)
+    labels[0, 3:6], labels[1, 8], labels[2, 1:3], labels[2, 7:] = torch.tensor([4, 5, 6]), 7, 8, 9
+    hidden, head = (
+        torch.randn(3, 9, 12, requires_grad=True),
+        torch.randn(words[0], 12, requires_grad=not frozen),
+    )
+    t_hidden, t_head = (
+        torch.randn(3, 9, 10, requires_grad=True),
+        torch.randn(words[1], 10, requires_grad=True),
+    )
+    inputs = [hidden] if frozen else [hidden, head]
+
+    lm, answers = lm_loss(hidden @ head.T, labels)
+    kl, number = kl_loss(hidden @ head.T, t_hidden @ t_head.T, labels, shifted)
+    assert answers == number == 8
+    plain = torch.autograd.grad((lm + 0.7 * kl) / 5, inputs)
+    loss, *terms = answer_losses((hidden, head), (t_hidden, t_head), labels, 0.7, shifted)
+    torch.testing.assert_close(terms, [lm.detach(), kl.detach()], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, lm + 0.7 * kl, rtol=1e-5, atol=1e-5)
+    ours = torch.autograd.grad(loss / 5, inputs)
+    assert all(gradient.abs().max() > 1e-2 for gradient in plain)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+
+    loss, *terms = answer_losses((hidden, head), None, labels)
+    torch.testing.assert_close(terms, [lm.detach(), torch.tensor(0.0)], rtol=1e-5, atol=1e-5)
+    plain = torch.autograd.grad(lm_loss(hidden @ head.T, labels)[0], inputs)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), plain, rtol=1e-5, atol=1e-5)
+
+
+def test_answer_losses_with_a_tied_head_and_without_answers():
+    """The output matrix that is the embedding, too, gets both gradients; no answer gives 0 and zeros."""
+    torch.manual_seed(0)
+    table, labels = torch.randn(20, 6, requires_grad=True), torch.tensor([[IGNORE, 3, 4, IGNORE]])
+    teacher = torch.randn(1, 4, 6), torch.randn(20, 6)
+    results = []
+    for plain in (True, False):
+        hidden = table[torch.tensor([[1, 2, 3, 4]])]
+        if plain:
+            loss = lm_loss(hidden @ table.T, labels)[0]
+            loss = loss + kl_loss(hidden @ table.T, teacher[0] @ teacher[1].T, labels)[0]
+        else:
+            loss = answer_losses((hidden, table), teacher, labels)[0]
+        results.append(torch.autograd.grad(loss, table))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    hidden = table[torch.tensor([[1, 2, 3, 4]])]
+    loss, lm, kl = answer_losses((hidden, table), teacher, torch.full((1, 4), IGNORE))
+    assert loss == lm == kl == 0
+    assert torch.autograd.grad(loss, table)[0].abs().max() == 0
+
+
+def test_answer_losses_make_logits_of_answers_only(monkeypatch):
+    """Every row of logits that exists belongs to an answer, and no more than LOGITS of them exist at once."""
+    monkeypatch.setattr(distill, "LOGITS", 4)
+    made, plain = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w: made.append(len(x)) or plain(x, w))
+    labels = torch.full((2, 20), IGNORE)
+    labels[0, 5:12], labels[1, 18] = 1, 2
+    state = torch.randn(2, 20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
+    answer_losses(state, (torch.randn(2, 20, 5), torch.randn(50, 5)), labels)[0].backward()
+    assert made == [4, 4, 4, 4]  # 8 answers, in two chunks, student and teacher; none of them twice
+
+
+def test_span_is_the_shortest_slice_with_all_queries():
+    assert span(mask("00110", "01000")) == slice(1, 4)
+    assert span(mask("11111")) == slice(0, 5)
+    assert span(mask("000", "001")) == slice(2, 3)
+    assert span(mask("000", "000")) == slice(0, 0)
+
+
 # ---------------------------------------------------------------- the whole path
 
 
@@ -659,17 +744,14 @@ def test_attention_gradient_stops_at_the_highest_matched_layer():
     student = VLM(VLMConfig(vision, text, taf_width=24))
     teacher = VLM(VLMConfig(vision, text))
     ids = torch.tensor([[3, -200, -200, -200, -200, 5, 6, 7], [3, 4, -200, -200, -200, -200, 8, 0]])
-    batch = dict(
-        pixel_values=torch.randn(2, 3, 16, 16),
-        attention_mask=mask("11111111", "11111110"),
-        visual_columns=torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]]),
-    )
-    ours = student(ids, attention_layers=[1, 2], **batch).attentions
+    real, columns = mask("11111111", "11111110"), torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])
+    rows = query_rows("all", columns, torch.tensor([True, True]), real)
+    batch = dict(pixel_values=torch.randn(2, 3, 16, 16), attention_mask=real)
+    ours = student(ids, look=Look([[1], [2]], span(rows), columns), **batch).attentions
     with torch.no_grad():
-        theirs = teacher(ids, attention_layers=[1, 2, 3], **batch).attentions
-    rows = query_rows("all", batch["visual_columns"], torch.tensor([True, True]), batch["attention_mask"])
-    target = group_mean(theirs, match_layers([1, 2], [1, 2, 3]))
-    total, count = visual_attention_loss(torch.stack([ours[1], ours[2]]), target, rows)
+        groups = match_layers([1, 2], [1, 2, 3])
+        theirs = teacher(ids, look=Look(groups, span(rows), columns), **batch).attentions
+    total, count = visual_attention_loss(ours, theirs, rows[:, span(rows)])
     (total / count).backward()
 
     def silent(module):

@@ -17,7 +17,7 @@ import model
 from checkpoint import BadInput
 from data import IMAGE_TOKEN
 from model import VLM, VLMConfig
-from qwen import QwenConfig
+from qwen import Look, QwenConfig
 from siglip import SiglipConfig
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -362,10 +362,12 @@ def test_reduced_maps_of_a_batch_with_and_without_pictures():
     ids, mask = padded(rows, "right")
     columns = torch.tensor([[1, 2, 3, 4], [3, 4, 5, 6], [0, 0, 0, 0]])
     whole = vlm(ids, PIXELS[:2], mask, attention_layers=[0, 2]).attentions
-    reduced = vlm(ids, PIXELS[:2], mask, attention_layers=[0, 2], visual_columns=columns).attentions
-    for layer in (0, 2):
+    look = Look([[0], [2], [0, 2]], slice(1, 7), columns)
+    *reduced, both = vlm(ids, PIXELS[:2], mask, look=look).attentions
+    for layer, got in zip((0, 2), reduced):
         expected = torch.stack([m.mean(0)[:, c] for m, c in zip(whole[layer], columns)])
-        torch.testing.assert_close(reduced[layer], expected)
+        torch.testing.assert_close(got, expected[:, 1:7])
+    torch.testing.assert_close(both, (reduced[0] + reduced[1]) / 2)
 
 
 @pytest.mark.parametrize(

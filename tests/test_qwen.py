@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import qwen
 from checkpoint import BadInput
-from qwen import Cache, Qwen, QwenConfig, explicit_attention, rope_angles, rotate, visual_columns_of
+from qwen import Cache, Look, Qwen, QwenConfig, explicit_attention, rope_angles, rotate, visual_columns_of
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -153,28 +154,82 @@ COLUMNS = torch.tensor(
 )  # another place in every row, and not only ascending
 
 
-@pytest.mark.parametrize("mask", [None, RIGHT], ids=["unpadded", "right"])
-def test_reduced_maps_are_the_head_mean_at_the_columns(mask):
-    """The same numbers, the same logits, and the same gradients through the maps."""
-    lm = tiny()
-    whole, reduced = lm(IDS, mask, attention_layers=[0, 2]), lm(IDS, mask, [0, 2], visual_columns=COLUMNS)
-    assert torch.equal(whole.logits, reduced.logits)
-    weight, losses = torch.randn(3, 9, 3), []
-    for layer in (0, 2):
-        expected = torch.stack(
-            [m.mean(0)[:, columns] for m, columns in zip(whole.attentions[layer], COLUMNS)]
-        )
-        assert reduced.attentions[layer].shape == (3, 9, 3)
-        torch.testing.assert_close(reduced.attentions[layer], expected)
-        losses.append(((expected * weight).sum(), (reduced.attentions[layer] * weight).sum()))
-    expected, got = (gradients(lm, first + second) for first, second in zip(*losses))
+@pytest.mark.parametrize("chunk", [1, 2, 4, 128])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
+@pytest.mark.parametrize("rows", [slice(0, 9), slice(2, 9), slice(3, 7), slice(8, 9), slice(4, 4)])
+def test_a_look_is_the_head_mean_of_whole_maps(monkeypatch, mask, kv_heads, chunk, rows):
+    """The same numbers, the same logits, and the same gradients through the maps as from whole maps, however
+    many rows are made at a time; group means as well.
+    """
+    monkeypatch.setattr(qwen, "CHUNK", chunk)
+    lm = tiny(num_key_value_heads=kv_heads)
+    whole = lm(IDS, mask, attention_layers=[0, 1, 2])
+    seen = lm(IDS, mask, look=Look([[0], [2], [0, 1, 2]], rows, COLUMNS))
+    torch.testing.assert_close(whole.logits, seen.logits, **CLOSE)
+    single = {
+        layer: torch.stack([m.mean(0)[:, columns] for m, columns in zip(maps, COLUMNS)])[:, rows]
+        for layer, maps in whole.attentions.items()
+    }
+    expected = [single[0], single[2], (single[0] + single[1] + single[2]) / 3]
+    assert [m.shape for m in seen.attentions] == [(3, rows.stop - rows.start, 3)] * 3
+    for got, want in zip(seen.attentions, expected):
+        torch.testing.assert_close(got, want)
+    if rows.start == rows.stop:
+        return
+    weight = torch.randn(3, 3, rows.stop - rows.start, 3)
+    expected, got = (
+        gradients(lm, (torch.stack(maps) * weight).sum()) for maps in (expected, seen.attentions)
+    )
     for name in expected:
         assert (got[name] is None) == (expected[name] is None), name
         if got[name] is not None:
             torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
-    assert got["model.layers.0.self_attn.q_proj.weight"].abs().max() > 1e-3
-    assert got["model.layers.2.self_attn.k_proj.weight"].abs().max() > 1e-3
+    if rows.stop - rows.start > 1:
+        assert got["model.layers.0.self_attn.q_proj.weight"].abs().max() > 1e-3
+        assert got["model.layers.2.self_attn.k_proj.weight"].abs().max() > 1e-3
     assert got["model.layers.2.self_attn.o_proj.weight"] is None  # comes after the last map
+
+
+def test_a_look_keeps_no_map_with_heads():
+    """What the backward pass keeps of a looked-at layer is q, k and (B,R,P): nothing of size H * T * S, and
+    no more than its plain form keeps without a look, but for the maps.
+    """
+    torch.manual_seed(0)
+    lm, T = tiny(max_position_embeddings=512), 300
+    ids, columns = torch.randint(0, 61, (2, T)), torch.arange(5, 55).expand(2, 50)
+
+    def kept(**kwargs):
+        sizes = {}
+        pack = lambda t: sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t  # noqa
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = lm.hidden(ids, **kwargs)
+        return out, sizes.values()
+
+    heads = 4 * 2 * 4 * T * T  # bytes of one (B,H,T,S) map
+    _, plain = kept()
+    _, whole = kept(attention_layers=[1])
+    _, look = kept(look=Look([[1]], slice(5, T), columns))
+    assert max(plain) < heads / 2 and max(look) < heads / 2 and max(whole) >= heads
+    assert sum(look) - sum(plain) < 3 * 4 * 2 * (T - 5) * 50, "more than some (B,R,P)"
+
+
+def test_rows_outside_a_look_are_never_computed(monkeypatch):
+    """The queries that reach softmax are those of the look, each once, with the keys before them only."""
+    shapes = []
+    plain = qwen.probabilities
+    monkeypatch.setattr(qwen, "CHUNK", 2)
+    monkeypatch.setattr(
+        qwen, "probabilities", lambda q, k, m: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, m)
+    )
+    with torch.no_grad():
+        tiny()(IDS, look=Look([[1]], slice(3, 8), COLUMNS))
+    assert shapes == [(2, 5), (2, 7), (1, 8)]
+
+
+def test_whole_maps_and_a_look_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        tiny()(IDS, attention_layers=[0], look=Look([[1]], slice(0, 9), COLUMNS))
 
 
 def test_visual_columns_by_hand():
@@ -188,6 +243,8 @@ def test_visual_columns_by_hand():
 def test_a_layer_that_is_not_there_is_an_error(layer):
     with pytest.raises(ValueError, match="layers 0 to 2"):
         tiny()(IDS, attention_layers=[layer])
+    with pytest.raises(ValueError, match="layers 0 to 2"):
+        tiny()(IDS, look=Look([[0, layer]], slice(0, 9), COLUMNS))
 
 
 # ---------------------------------------------------------------- positions, causality, padding

@@ -41,7 +41,7 @@ def run(*command, ranks=1):
 def stage(out, world, *flags, ranks=1, stage=1):
     files = "pretrain.json" if stage in (1, "0a") else "tune.json"
     where = ["--data", world / files, "--images", world / "images", "--out", out, "--log-every", 1]
-    code, text = run(ROOT / "train.py", "--stage", stage, "--lr", 2e-4, *where, *flags, ranks=ranks)
+    code, text = run(ROOT / "train.py", "--stage", stage, "--lr", 1e-4, *where, *flags, ranks=ranks)
     assert code == 0, text
     return read_log(out / "student" / f"stage{stage}.jsonl")
 
@@ -182,6 +182,83 @@ def test_every_row_of_the_ablation_tables_runs(world, tmp_path, flags):
     assert isinstance(student.answer(world / "images/test-0.png", "What colour is the circle?"), str)
 
 
+@pytest.mark.parametrize("chunk", [7, 1000])
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--vat-queries text --vat-rows --vat-weight 3", "--vat-queries image", "--vat-loss mse",
+     "--vat-loss kl", "--matching simple", "--matching adaptive", "--layers all", "--kl-weight 0",
+     "--method released --layers early"],
+)  # fmt: skip
+def test_a_step_is_the_whole_matrix_form(one_rank, world, monkeypatch, flags, chunk):
+    """What Step streams in chunks, from some rows, columns and answers, is the plain form from all logits
+    and all maps: the same terms and the same gradient of every parameter.
+    """
+    import distill
+    import qwen
+
+    monkeypatch.setattr(qwen, "CHUNK", chunk)
+    monkeypatch.setattr(distill, "LOGITS", chunk)
+    student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
+    student.requires_grad_(True)
+    student.vision.requires_grad_(False)
+    student.adapter.teacher.requires_grad_(False)
+    dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
+    samples = [dataset[i] for i in range(4)]
+    text = [{"from": "human", "value": "Any shape?"}, {"from": "gpt", "value": "no"}]
+    ids, labels = data.encode(text, teacher.tokenizer, 16)
+    batch = data.collate([*samples, {"input_ids": ids, "labels": labels}])
+    args = train.parse_args(["--stage", "2", *flags.split()])
+    step = train.Step(student, teacher, "2", args)
+    loss, terms = step(batch, step.counts(batch))
+    names, parameters = zip(*[(n, p) for n, p in student.named_parameters() if p.requires_grad])
+    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    s, t = (
+        vlm(batch["input_ids"], batch["pixel_values"], None, range(len(vlm.lm.model.layers)))
+        for vlm in (student, teacher)
+    )
+    columns = batch["visual_columns"]
+    maps = [{i: qwen.visual_columns_of(m, columns) for i, m in out.attentions.items()} for out in (s, t)]
+    layers = [distill.choose_layers(args.layers, len(m), teacher=m is maps[1]) for m in maps]
+    rows = distill.query_rows(args.vat_queries, columns, batch["has_image"], batch["attention_mask"])
+    s_maps, t_all = (torch.stack([m[i] for i in which]) for m, which in zip(maps, layers))
+    if args.matching == "adaptive":
+        t_maps = distill.adaptive_match(s_maps, t_all, rows)
+    else:
+        t_maps = distill.group_mean(maps[1], distill.match_layers(*layers, args.matching))
+    if args.vat_loss == "released":
+        square = lambda m: torch.stack([torch.stack([x[c] for x, c in zip(l[:4], columns)]) for l in m])  # noqa
+        adl, count = distill.released_attention_loss(square(s_maps), square(t_maps))
+    else:
+        adl, count = distill.visual_attention_loss(s_maps, t_maps, rows, args.vat_loss, args.vat_rows)
+    lm, answers = distill.lm_loss(s.logits, batch["labels"])
+    kl, _ = distill.kl_loss(s.logits, t.logits, batch["labels"], shifted=args.kl_shifted)
+    expected = {"lm": lm / answers, "kl": kl / answers, "adl": adl / count}
+    if not args.kl_weight:
+        del expected["kl"]
+    assert terms.keys() == expected.keys()
+    for name in terms:
+        torch.testing.assert_close(terms[name], expected[name].detach(), rtol=1e-5, atol=1e-5)
+    plain = expected["lm"] + args.kl_weight * expected.get("kl", 0) + args.vat_weight * expected["adl"]
+    plain = torch.autograd.grad(plain, parameters, allow_unused=True)
+    for name, a, b in zip(names, ours, plain):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_frozen_parts_run_once(one_rank, world):
+    """Teacher and student share one pass of the vision encoder and one of the teacher's adapter."""
+    student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
+    student.vision, student.adapter.teacher = teacher.vision, teacher.adapter
+    dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
+    batch = data.collate([dataset[i] for i in range(2)])
+    calls = []
+    for part in (teacher.vision, teacher.adapter):
+        part.register_forward_hook(lambda module, *_: calls.append(module))
+    step = train.Step(student, teacher, "2", train.parse_args(["--stage", "2"]))
+    step(batch, step.counts(batch))
+    assert calls == [teacher.vision, teacher.adapter]
+
+
 def test_every_method_flag_reaches_the_loss(one_rank, world):
     """Each row of the ablation tables is another attention loss on the same batch."""
     out, _ = one_rank
@@ -195,12 +272,14 @@ def test_every_method_flag_reaches_the_loss(one_rank, world):
     for flag in flags:
         args = train.parse_args(["--stage", "2", *flag.split()])
         step = train.Step(model.load(out / "student/stage1"), teacher, "2", args)
-        values[flag] = (step(batch)["adl"] / step.counts(batch)[1]).item()
+        values[flag] = step(batch, step.counts(batch))[1]["adl"].item()
     assert all(0 < value < 5 for value in values.values()), values
     assert len({round(value, 6) for value in values.values()}) == len(flags), values
     released = train.parse_args("--stage 2 --method released --layers intermediate".split())
     shifted, unshifted = (
-        train.Step(model.load(out / "student/stage1"), teacher, "2", args)(batch)["kl"].item()
+        train.Step(model.load(out / "student/stage1"), teacher, "2", args)(batch, torch.ones(2))[1][
+            "kl"
+        ].item()
         for args in (train.parse_args(["--stage", "2"]), released)
     )
     assert shifted != pytest.approx(unshifted, rel=1e-3)

@@ -1,0 +1,592 @@
+"""What a distillation step costs, in seconds and gigabytes, beside the straightforward way with transformers.
+
+    python tests/bench.py step       # transformers, ours, ours with text rows, ours without VAT, matmul floor
+    python tests/bench.py floor      # FLOPs and bytes of a step, counted from the shape; runs nothing
+    python tests/bench.py scaling    # over visual tokens, batch and matched layers: what VAT adds
+    python tests/bench.py data       # samples per second that decoding and resizing deliver
+
+Random weights, the same in every variant; so is the batch. Each variant is a process of its own and its first
+step is a warm-up (AdamW's state is made there). On the CPU the variants take turns, step by step, so that
+what else the machine does meets all of them; on cuda they run one after another, alone on the GPU. Peak
+memory is the process's largest resident set (CPU, libraries included) or torch's largest allocation (cuda).
+
+Shapes: B samples, T tokens, P visual tokens, C width, V vocabulary, L layers, k and m matched layers.
+"""
+
+import argparse
+import copy
+import json
+import math
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import distill  # noqa: E402
+import train  # noqa: E402
+from model import VLM, VLMConfig  # noqa: E402
+from qwen import Qwen, QwenConfig  # noqa: E402
+from siglip import SiglipConfig  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The models and the batch. A sample is `text` tokens and a picture; the last `answers` are supervised,
+    and of the other text tokens half stand before the picture.
+    """
+
+    vision: SiglipConfig
+    student: QwenConfig
+    teacher: QwenConfig
+    text: int = 121
+    answers: int = 100
+    batch: int = 2
+
+    @property
+    def tokens(self) -> int:
+        return self.vision.num_patches + self.text
+
+    @property
+    def before(self) -> int:
+        return (self.text - self.answers) // 2
+
+    def __str__(self) -> str:
+        names = {"student": self.student, "teacher": self.teacher, "SigLIP": self.vision}
+        sizes = ", ".join(f"{name} {c.num_hidden_layers} x {c.hidden_size}" for name, c in names.items())
+        batch = (
+            f"{self.batch} x {self.tokens} tokens, {self.vision.num_patches} visual, {self.answers} answered"
+        )
+        return f"{batch}; layers x width: {sizes}"
+
+
+def qwen(width: int, layers: int, heads: int, ffn: int, vocabulary: int = 151936) -> QwenConfig:
+    return QwenConfig(vocabulary, width, ffn, layers, heads, heads)
+
+
+SO400M = SiglipConfig(1152, 4304, 27, 16, 384, 14)
+SHAPES = {
+    "cpu": Shape(SiglipConfig(384, 1536, 12, 6, 384, 14), qwen(256, 24, 4, 688), qwen(320, 40, 5, 864)),
+    "small": Shape(
+        SiglipConfig(48, 96, 3, 3, 64, 16), qwen(32, 10, 2, 64, 999), qwen(48, 14, 3, 96, 999), 30, 9
+    ),
+    "real": Shape(SO400M, qwen(2048, 24, 16, 5504), qwen(2560, 40, 20, 6912), 131),  # Qwen1.5, 4B -> 1.8B
+}
+
+VARIANTS = {  # name -> flags of train.py; None: the straightforward way
+    "transformers": None,
+    "ours": [],
+    "ours, text rows": ["--vat-queries", "text"],
+    "ours, no VAT": ["--vat-loss", "none"],
+}
+
+# ---------------------------------------------------------------- models and batch
+
+
+def build(shape: Shape, device: str, dtype: torch.dtype) -> tuple[VLM, VLM]:
+    """Student (TAF, its language model and P_s trained) and frozen teacher with seeded random weights."""
+    with torch.device("meta"):
+        teacher, lm = VLM(VLMConfig(shape.vision, shape.teacher)), Qwen(shape.student)
+    teacher, lm = (module.to(dtype).to_empty(device=device) for module in (teacher, lm))
+    student = VLM.assemble(teacher.vision, lm, None, teacher, taf=True)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for module in (teacher, lm, student.adapter.student):
+            for name, tensor in module.named_parameters():
+                if "norm" in name:
+                    tensor.fill_(float(name.endswith("weight")))
+                else:  # activations and logits of size 1, so that attention is not uniform
+                    std = 0.02 if tensor.dim() == 1 else tensor[0].numel() ** -0.5
+                    tensor.normal_(0, std, generator=generator)
+    teacher.requires_grad_(False)
+    student.requires_grad_(False).train()
+    for module in (lm, student.adapter.student):
+        module.requires_grad_(True)
+    return student, teacher
+
+
+def make_batch(shape: Shape, device: str) -> dict:
+    """A batch of data.collate: text, picture, text, answers."""
+    generator, samples = torch.Generator().manual_seed(0), []
+    size, vocabulary = shape.vision.image_size, min(shape.student.vocab_size, shape.teacher.vocab_size)
+    for _ in range(shape.batch):
+        ids = torch.randint(vocabulary, (shape.tokens,), generator=generator)
+        ids[shape.before : shape.before + shape.vision.num_patches] = data.IMAGE_TOKEN
+        labels = ids.clone()
+        labels[: -shape.answers] = data.IGNORE
+        pixels = torch.rand(3, size, size, generator=generator) * 2 - 1
+        samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    return data.to_device(data.collate(samples), device)
+
+
+# ---------------------------------------------------------------- the straightforward way
+
+
+def to_transformers(vlm: VLM) -> tuple[nn.Module, nn.Module]:
+    """transformers' SigLIP (weights of its own) and Qwen2 (eager attention) with the weights of a model."""
+    import transformers
+
+    vision_config = transformers.SiglipVisionConfig(**asdict(vlm.config.vision), vision_use_head=False)
+    text_config = transformers.Qwen2Config(**asdict(vlm.config.text), attn_implementation="eager")
+    if hasattr(text_config, "rope_parameters"):  # transformers 5
+        text_config.rope_parameters = {"rope_type": "default", "rope_theta": vlm.config.text.rope_theta}
+    with vlm.device:
+        vision = transformers.SiglipVisionModel(vision_config)
+        lm = transformers.Qwen2ForCausalLM(text_config)
+    prefix = "" if "post_layernorm.weight" in vision.state_dict() else "vision_model."  # 5, else 4
+    weights = {prefix + name: tensor.clone() for name, tensor in vlm.vision.state_dict().items()}
+    vision.load_state_dict(weights, assign=True)
+    lm.load_state_dict(vlm.lm.state_dict(), assign=True)
+    return vision.requires_grad_(False), lm
+
+
+def look(vlm: VLM, batch: dict):
+    """One model with transformers' parts on a batch -> .logits (B,T,V), .attentions: L of (B,H,T,T)."""
+    ids, pixels = batch["input_ids"], batch["pixel_values"].to(vlm.lm.dtype)
+    with torch.no_grad():
+        z = vlm.vision(pixels, output_hidden_states=True).hidden_states[vlm.config.vision_layer]
+    placeholder = ids == data.IMAGE_TOKEN
+    embeds = vlm.lm.get_input_embeddings()(ids.masked_fill(placeholder, 0))
+    embeds = embeds.masked_scatter(placeholder[..., None], vlm.adapter(z))
+    mask = batch["attention_mask"]
+    return vlm.lm(inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False)
+
+
+def visual_maps(attentions: tuple[Tensor, ...], columns: Tensor) -> Tensor:
+    """All layers' (B,H,T,T), stacked; head mean; visual columns (B,P) -> (L,B,T,P)."""
+    maps = torch.stack(attentions).mean(2)
+    return maps.gather(3, columns[None, :, None, :].expand(len(maps), -1, maps.shape[2], -1))
+
+
+def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.Optimizer):
+    """One optimizer step -> losses, gradient norm; what train.optimizer_step does, from the definitions."""
+    with torch.no_grad():
+        t = look(teacher, batch)
+    s = look(student, batch)
+    labels, columns = batch["labels"], batch["visual_columns"]
+    depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
+    student_layers, teacher_layers = (distill.understanding_layers(depth) for depth in depths)
+    s_maps = visual_maps(s.attentions, columns)[student_layers]  # (k,B,T,P)
+    t_maps, groups = visual_maps(t.attentions, columns), distill.match_layers(student_layers, teacher_layers)
+    t_maps = torch.stack([t_maps[group].mean(0) for group in groups])  # (k,B,T,P)
+    queries = distill.query_rows("all", columns, batch["has_image"], batch["attention_mask"])
+    parts = {
+        "lm": distill.lm_loss(s.logits, labels),
+        "kl": distill.kl_loss(s.logits, t.logits, labels),
+        "adl": distill.visual_attention_loss(s_maps, t_maps, queries),
+    }
+    losses = {name: total / count for name, (total, count) in parts.items()}
+    sum(losses.values()).backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {name: loss.detach() for name, loss in losses.items()}, norm.item()
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def worker(pipe, flags: list[str] | None, shape: Shape, options: argparse.Namespace, k: int) -> None:
+    """A process that builds one variant and does a step for every message. k: match only the first k of the
+    student's layers, 0 = all that the flags say.
+    """
+    torch.set_num_threads(options.threads)
+    device, dtype = options.device, getattr(torch, options.dtype)
+    student, teacher = build(shape, device, dtype)
+    batch = make_batch(shape, device)
+    if flags is None:
+        teacher.vision, teacher.lm = to_transformers(teacher)
+        student.vision, student.lm = to_transformers(student)  # its own copy of the vision encoder
+        student.adapter.teacher = copy.deepcopy(teacher.adapter)
+        teacher.requires_grad_(False)
+    else:
+        if k:  # no flag says how many; Step asks here
+            choose = distill.choose_layers
+            distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
+        module = train.Step(student, teacher, "2", train.parse_args(["--stage", "2", *flags]))
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+    weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
+    static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pipe.send("ready")
+    while pipe.recv():
+        started = clock(device)
+        if flags is None:
+            losses, norm = plain_step(student, teacher, batch, optimizer)
+        else:
+            losses, norm = train.optimizer_step(module, module, optimizer, [batch], ranks=1)
+        seconds = clock(device) - started
+        losses = {name: loss.item() for name, loss in losses.items()} | {"norm": norm}
+        pipe.send({"seconds": seconds, "losses": losses, "peak": peak_memory(device), "static": static})
+
+
+def clock(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device: str) -> int:
+    """Bytes, of this process since it began (CPU) or since its models were built (cuda)."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(variants: dict[str, tuple], options: argparse.Namespace, between=lambda: None) -> dict[str, dict]:
+    """{name: (flags, shape, k)} -> {name: result}; the variants take turns, and each runs `between` first."""
+    spawn, workers, replies = torch.multiprocessing.get_context("spawn"), {}, {}
+
+    def answer(name: str):
+        try:
+            return workers[name][1].recv()
+        except EOFError:
+            sys.exit(f"{name}: its process stopped, out of memory unless there is a traceback above")
+
+    for name, (flags, shape, k) in variants.items():
+        pipe, theirs = spawn.Pipe()
+        process = spawn.Process(target=worker, args=(theirs, flags, shape, options, k), daemon=True)
+        process.start()
+        theirs.close()
+        workers[name] = process, pipe
+        answer(name)
+    for step in range(1 + options.rounds):
+        for name, (_, pipe) in workers.items():
+            between()
+            pipe.send(True)
+            replies.setdefault(name, []).append(answer(name))
+            print(f"  step {step}, {name}: {replies[name][-1]['seconds']:.3f} s", file=sys.stderr)
+    for process, pipe in workers.values():
+        pipe.send(False)
+        process.join()
+    results = {}
+    for name, (warm_up, *rows) in replies.items():  # the warm-up's losses are those of the common start
+        times, last = [row["seconds"] for row in rows], rows[-1]
+        result = {"seconds": statistics.median(times), "times": times, "losses": warm_up["losses"]}
+        memory = {"peak_gb": last["peak"] / 1e9, "above_gb": (last["peak"] - last["static"]) / 1e9}
+        results[name] = result | memory
+    return results
+
+
+def matmul_rate(M: int, K: int, N: int, device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of (M,K) @ (N,K)^T, as nn.Linear multiplies: the median of half a second."""
+    x, weight = torch.randn(M, K, device=device, dtype=dtype), torch.randn(N, K, device=device, dtype=dtype)
+    repeats, times, end = 20 if device == "cuda" else 1, [], clock(device) + 0.5
+    while len(times) < 5 or clock(device) < end:
+        started = clock(device)
+        for _ in range(repeats):
+            nn.functional.linear(x, weight)
+        times.append((clock(device) - started) / repeats)
+    return 2 * M * K * N / statistics.median(times)
+
+
+def show(rows: list[list[str]]) -> None:
+    """A fixed-width table, the first column on the left."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *cells in rows:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))]))
+
+
+def about(options: argparse.Namespace) -> str:
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
+    where = f"torch {torch.__version__}, {device}, {options.threads} threads, {options.dtype}"
+    return f"shape {options.shape_name}: {where}; median of {options.rounds} steps"
+
+
+def write(options: argparse.Namespace, **results) -> None:
+    if options.out:
+        names = ("device", "dtype", "threads", "rounds", "shape_name")
+        settings = {name: getattr(options, name) for name in names} | {"torch": torch.__version__}
+        options.out.write_text(json.dumps(settings | {"shape": asdict(options.shape)} | results, indent=1))
+
+
+# ---------------------------------------------------------------- step: the main table
+
+
+def step(options: argparse.Namespace) -> None:
+    shape, rates = options.shape, []
+    common, flops = most_common(shape), sum(row[1] for row in count(shape))
+
+    def between() -> None:
+        rates.append(matmul_rate(*common, options.device, getattr(torch, options.dtype)))
+
+    jobs = {name: (flags, shape, 0) for name, flags in VARIANTS.items()}
+    together = [jobs] if options.device == "cpu" else [{name: job} for name, job in jobs.items()]
+    rows = {name: row for group in together for name, row in measure(group, options, between).items()}
+    rate = statistics.median(rates)
+    floor = flops / rate
+    plain, ours, text, none = (rows[name] for name in VARIANTS)
+
+    print(f"{about(options)}\n{shape}\nx: as a multiple of transformers'")
+    table = [["", "s/step", "min-max", "samples/s", "tokens/s", "peak GB", "above*", "x time", "x memory"]]
+    for name, row in rows.items():
+        low, high, speed = min(row["times"]), max(row["times"]), shape.batch / row["seconds"]
+        cells = [f"{row['seconds']:.3f}", f"{low:.3f}-{high:.3f}", f"{speed:.3f}"]
+        cells += [f"{speed * shape.tokens:.0f}", f"{row['peak_gb']:.3f}", f"{row['above_gb']:.3f}"]
+        ratios = row["seconds"] / plain["seconds"], row["peak_gb"] / plain["peak_gb"]
+        table.append([name, *cells, *(f"{ratio:.3f}" for ratio in ratios)])
+    speed = shape.batch / floor
+    cells = [f"{floor:.3f}", "", f"{speed:.3f}", f"{speed * shape.tokens:.0f}", "", ""]
+    show([*table, ["matmul floor", *cells, f"{floor / plain['seconds']:.3f}", ""]])
+    print("* above weights, gradients and AdamW's state; on the CPU with what Python and torch hold")
+    for key, what in ("seconds", "time"), ("peak_gb", "memory"):
+        extra = [f"{row[key] / none[key] - 1:+.1%}" for row in (ours, text)]
+        print(f"VAT adds {what}: all rows {extra[0]}, text rows {extra[1]}")
+    product, times = "x".join(map(str, common)), [row["seconds"] / floor for row in (ours, plain)]
+    print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")
+    print(f"ours {times[0]:.2f} times the floor, transformers {times[1]:.2f}")
+
+    agree, tolerance = True, 1e-4 if options.dtype == "float32" else 2e-2
+    print(f"first step{'':6}transformers        ours  difference")
+    for name, value in plain["losses"].items():
+        other = ours["losses"][name]
+        agree &= math.isclose(value, other, rel_tol=tolerance, abs_tol=tolerance)
+        print(f"  {name:12}{value:14.7f}{other:12.7f}{abs(value - other) / abs(value):12.1e}")
+    print(f"transformers and ours agree to {tolerance}: {'yes' if agree else 'NO'}")
+    write(options, rows=rows, flops=flops, matmul=common, matmul_rates=rates, floor=floor, agree=agree)
+    if not agree:
+        sys.exit("transformers and ours compute different losses")
+
+
+# ---------------------------------------------------------------- counting
+
+
+def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
+    """The matrix products of a step but for attention: (part, M, K, N, times), (M,K) @ (K,N), 2MKN FLOPs."""
+    v, s, t = shape.vision, shape.student, shape.teacher
+    patches, rows, answers = (shape.batch * n for n in (v.num_patches, shape.tokens, shape.answers))
+
+    def layers(c: QwenConfig) -> list[tuple[int, int, int]]:
+        kv = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+        widths = [(c.hidden_size, c.hidden_size, 2), (c.hidden_size, kv, 2)]
+        widths += [(c.hidden_size, c.intermediate_size, 2), (c.intermediate_size, c.hidden_size, 1)]
+        return [(K, N, times * c.num_hidden_layers) for K, N, times in widths]
+
+    blocks, C, F = v.num_hidden_layers - 1, v.hidden_size, v.intermediate_size  # z is hidden state -2
+    vision = [(v.num_channels * v.patch_size**2, C, 1), (C, C, 4 * blocks), (C, F, blocks), (F, C, blocks)]
+    p_t = [(C, t.hidden_size, 1), (t.hidden_size, t.hidden_size, 1)]
+    head, teacher_head = [(s.hidden_size, s.vocab_size, 1)], [(t.hidden_size, t.vocab_size, 1)]
+    forward = [
+        (f"SigLIP, {blocks} of {v.num_hidden_layers} blocks, once", patches, vision),
+        ("P_t, once", patches, p_t),
+        ("P_s", patches, [(t.hidden_size, s.hidden_size, 1)]),
+        ("teacher layers", rows, layers(t)),
+        ("student layers", rows, layers(s)),
+        ("teacher head, answers only", answers, teacher_head),
+        ("student head, answers only", answers, head),
+    ]
+    products = [(part, M, K, N, times) for part, M, widths in forward for K, N, times in widths]
+    for part, M, K, N, times in list(products):
+        if part.startswith(("student", "P_s")):
+            products.append((f"{part}, backward", K, M, N, times))  # of the weights
+        if part.startswith("student"):
+            products.append((f"{part}, backward", M, N, K, times))  # of the input
+    return products
+
+
+def attention(shape: Shape, queries: str = "all") -> list[tuple[str, int, int, int]]:
+    """Attention: (part, FLOPs of what is seen, FLOPs if causality saves nothing, bytes without maps)."""
+    v, s, t, B, T = shape.vision, shape.student, shape.teacher, shape.batch, shape.tokens
+    P = v.num_patches
+    first = {"all": shape.before, "text": shape.before + P}[queries]  # the first row that VAT looks at
+    k, m = (len(distill.understanding_layers(c.num_hidden_layers)) for c in (s, t))
+
+    def term(part: str, width: int, layers: int, products: int, units: int, start: int = 0, maps: int = 0):
+        full, seen = (T - start) * T, (T * (T + 1) - start * (start + 1)) // 2  # pairs of query and key
+        moved = T * width * units + maps * (T - start) * P
+        return part, *(2 * B * n * width * layers * products for n in (seen, full)), 4 * B * layers * moved
+
+    blocks = v.num_hidden_layers - 1
+    siglip = 4 * B * P * P * v.hidden_size * blocks
+    return [  # products of (T,D) and (D,T), or the like; units: (T,C) matrices read and written
+        ("SigLIP attention", siglip, siglip, 16 * B * P * v.hidden_size * blocks),
+        term("teacher attention", t.hidden_size, t.num_hidden_layers, 2, 4),
+        term("student attention", s.hidden_size, s.num_hidden_layers, 2, 4),
+        term("student attention, backward", s.hidden_size, s.num_hidden_layers, 4, 8),
+        term("VAT teacher, QK^T", t.hidden_size, m, 1, 2, first, maps=1),
+        term("VAT student, QK^T, again, 2 backward", s.hidden_size, k, 4, 8, first, maps=3),
+    ]
+
+
+def count(shape: Shape, queries: str = "all") -> list[tuple[str, int, int, int]]:
+    """Matmuls by part, then attention: (part, FLOPs, FLOPs if causality saves nothing, bytes). A matmul's
+    operands are read once and its result is written once.
+    """
+    flops, moved = Counter(), Counter()
+    for part, M, K, N, times in matmuls(shape):
+        flops[part] += 2 * M * K * N * times
+        moved[part] += 4 * (M * K + K * N + M * N) * times
+    return [(part, flops[part], flops[part], moved[part]) for part in flops] + attention(shape, queries)
+
+
+def most_common(shape: Shape) -> tuple[int, int, int]:
+    """The (M,K,N) on which a step spends most FLOPs."""
+    flops = Counter()
+    for _, M, K, N, times in matmuls(shape):
+        flops[M, K, N] += M * K * N * times
+    return flops.most_common(1)[0][0]
+
+
+def trained(shape: Shape) -> int:
+    """Parameters of the student's language model and P_s."""
+    with torch.device("meta"):
+        modules = Qwen(shape.student), nn.Linear(shape.teacher.hidden_size, shape.student.hidden_size)
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+def floor(options: argparse.Namespace) -> None:
+    """FLOPs (two per multiply-add) and bytes (float32) of a step, in a table."""
+    shape, rows = options.shape, count(options.shape)
+    s, t, B, T = shape.student, shape.teacher, shape.batch, shape.tokens
+    total, full, moved = (sum(row[i] for row in rows) for i in (1, 2, 3))
+    unit, scale = ("TFLOP", 1e12) if total > 1e13 else ("GFLOP", 1e9)
+    flops = {part: seen / scale for part, seen, _, _ in rows}
+    print(f"{shape}; {trained(shape):,} parameters trained")
+    table = [[p, f"{seen / scale:.2f}", f"{seen / total:.1%}", f"{n / 1e9:.2f}"] for p, seen, _, n in rows]
+    table.append(["total, the causal half of attention", f"{total / scale:.2f}", "", f"{moved / 1e9:.2f}"])
+    table.append(["total, attention counted whole", f"{full / scale:.2f}", "", ""])
+    again = total / scale + flops["student layers"] + flops["student attention"]
+    table.append(["total, student layers computed again", f"{again:.2f}", "", ""])
+    show([["", unit, "share", "GB moved"], *table])
+    vat = [sum(row[1] for row in count(shape, q) if row[0].startswith("VAT")) for q in ("all", "text")]
+    print(f"VAT: all rows {vat[0] / total:.1%} of the total, text rows {vat[1] / total:.1%}")
+    print(f"AdamW, beside it: {28 * trained(shape) / 1e9:.2f} GB moved (7 x 4 bytes a trained parameter)")
+    print(f"most FLOPs in one shape of matmul: {'x'.join(map(str, most_common(shape)))}")
+    twice = sum(value for part, value in flops.items() if part.startswith(("SigLIP", "P_t")))
+    heads = sum(value for part, value in flops.items() if "head" in part) * (T / shape.answers - 1)
+    maps = [4 * B * c.num_hidden_layers * c.num_attention_heads * T * T / 1e9 for c in (s, t)]
+    logits = [4 * B * T * c.vocab_size / 1e9 for c in (s, t)]
+    print("the way of whole maps and whole logits would add (float32; student, teacher):")
+    print(f"  SigLIP and P_t again {twice:.2f} {unit}, heads on all tokens {heads:.2f} {unit}")
+    print(f"  maps (L,B,H,T,T) {maps[0]:.2f}, {maps[1]:.2f} GB, as much again where they are stacked")
+    print(f"  logits (B,T,V) {logits[0]:.2f}, {logits[1]:.2f} GB")
+
+
+# ---------------------------------------------------------------- scaling
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """What VAT adds (all rows) as visual tokens, batch and matched student layers grow, one at a time."""
+    shape, depth = options.shape, options.shape.student.num_hidden_layers
+    usual = len(distill.understanding_layers(depth))
+    sides = (14, 27, 40) if options.shape_name != "small" else (2, 4, 8)  # in patches
+    names = ["s/step", "no VAT", "VAT adds s", "peak GB", "no VAT, GB", "VAT adds GB"]
+    series = {
+        "visual tokens": [(side**2, shape.batch, usual) for side in sides],
+        "batch": [(sides[1] ** 2, batch, usual) for batch in (1, 2, 4)],
+        "matched layers": [(sides[1] ** 2, shape.batch, k) for k in sorted({1, 3, usual, depth})],
+    }
+    without, points = {}, {}
+
+    def one(name: str, *job) -> dict:
+        return measure({name: job}, options)[name]
+
+    for P, B, k in dict.fromkeys(sum(series.values(), [])):
+        size = shape.vision.patch_size * math.isqrt(P)
+        at, name = replace(shape, vision=replace(shape.vision, image_size=size), batch=B), f"P {P}, B {B}"
+        if (P, B) not in without:  # the matched layers do not matter there
+            without[P, B] = one(f"{name}, no VAT", ["--vat-loss", "none"], at, 0)
+        row = one(f"{name}, k {k}", ["--layers", "all"] if k == depth else [], at, k)
+        pairs = [(row[key], without[P, B][key]) for key in ("seconds", "peak_gb")]
+        points[P, B, k] = dict(zip(names, [x for vat, none in pairs for x in (vat, none, vat - none)]))
+
+    print(f"{about(options)}\n{shape}\nP visual tokens, B samples, k matched layers of the student")
+    cells = [[*map(str, point), *(f"{v:.3f}" for v in row.values())] for point, row in points.items()]
+    show([["P", "B", "k", *names], *cells])
+    print("growth: exponents, the slope in log-log (-: VAT adds nothing measurable somewhere)")
+    table = [["over", *(names[i] for i in (0, 2, 3, 5))]]
+    for axis, (name, keys) in enumerate(series.items()):
+        x = [key[axis] for key in keys]
+        fits = [slope(x, [points[key][column] for key in keys]) for column in table[0][1:]]
+        table.append([f"{name} {', '.join(map(str, x))}", *("-" if e is None else f"{e:.2f}" for e in fits)])
+    show(table)
+    rows = [{"P": P, "B": B, "k": k, **row} for (P, B, k), row in points.items()]
+    write(options, points=rows, exponents=table)
+
+
+def slope(x: list[float], y: list[float]) -> float | None:
+    """The exponent a of y ~ x^a by least squares, None where something is not positive (noise)."""
+    if len(x) < 2 or min(y) <= 0:
+        return None
+    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
+
+
+# ---------------------------------------------------------------- data
+
+
+def data_rate(options: argparse.Namespace) -> None:
+    """JPEGs of 640x480 -> samples/s of LlavaDataset and collate, with 0, 1 and 2 workers."""
+    from PIL import Image
+
+    number, generator = 64, torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        records, ramp = [], torch.linspace(0, 160, 640).expand(480, 640)
+        for i in range(number):
+            noise = torch.rand(480, 640, 3, generator=generator) * 90
+            pixels = (noise + torch.stack([ramp, ramp.flip(1), 160 - ramp], -1)).byte()
+            Image.fromarray(pixels.numpy()).save(Path(folder) / f"{i}.jpg", quality=90)
+            question = {"from": "human", "value": "<image>\nWhat is in the picture?"}
+            answer = {"from": "gpt", "value": "A grey and noisy picture. " * 15}
+            records.append({"id": i, "image": f"{i}.jpg", "conversations": [question, answer]})
+        (Path(folder) / "data.json").write_text(json.dumps(records))
+        tokenizer, P = data.load_tokenizer(ROOT / "tiny" / "student"), (options.size // 14) ** 2
+        dataset = data.LlavaDataset(Path(folder) / "data.json", folder, tokenizer, P, options.size)
+        print(f"{number} JPEGs of 640x480 to {options.size}x{options.size}, batches of 8")
+        for workers in (0, 1, 2):
+            loader = torch.utils.data.DataLoader(
+                dataset, 8, collate_fn=data.collate, num_workers=workers, persistent_workers=workers > 0
+            )
+            rates = []
+            for _ in range(4):  # the first starts the workers
+                started = time.perf_counter()
+                for _ in loader:
+                    pass
+                rates.append(number / (time.perf_counter() - started))
+            print(f"{workers} workers: {statistics.median(rates[1:]):.1f} samples/s")
+
+
+# ---------------------------------------------------------------- command line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, rounds in ("step", 3), ("scaling", 2), ("floor", 0):
+        command = commands.add_parser(name)
+        command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
+        command.add_argument("--batch", type=train.number(int, 1), help="samples (default: the shape's)")
+        if rounds:
+            command.add_argument(
+                "--rounds", type=train.number(int, 1), default=rounds, help="(default: %(default)s)"
+            )
+            command.add_argument("--threads", type=train.number(int, 1), default=torch.get_num_threads())
+            command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+            command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+            command.add_argument("--out", type=Path, help="write all numbers there, JSON")
+    commands.add_parser("data").add_argument("--size", type=int, default=384, help="(default: %(default)s)")
+    options = parser.parse_args()
+    if options.command != "data":
+        shape = SHAPES[options.shape]
+        options.shape_name, options.shape = options.shape, replace(shape, batch=options.batch or shape.batch)
+    if "threads" in options:
+        torch.set_num_threads(options.threads)
+    {"step": step, "floor": floor, "scaling": scaling, "data": data_rate}[options.command](options)
+
+
+if __name__ == "__main__":
+    main()
