@@ -178,7 +178,10 @@ def collate(samples: list[dict]) -> dict:
 
 
 def to_device(batch: dict, device: torch.device | str) -> dict:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 class LlavaDataset(torch.utils.data.Dataset):

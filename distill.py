@@ -300,10 +300,12 @@ LOGITS = 64  # rows of logits (n,V) at one time
 
 
 class _AnswerLosses(torch.autograd.Function):
-    """x (n,C), W (V,C) -> the losses of the logits xW^T, and in the same pass their gradients.
+    """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
 
-    With g = dL/dlogits, dL/dx = gW and dL/dW = g^T x. Each chunk of logits is used up, forward and backward,
-    before the next one is made: nothing of size (n,V) is kept or computed twice.
+    With g = dL/ds, dL/dx = gW and dL/dW = g^T x; and g itself is known, with p = softmax(s):
+        dL_LM/ds = p - onehot(target)        dL_KL/ds = p - p_teacher
+    So each chunk of logits is used up, forward and backward, before the next one is made: nothing of size
+    (n,V) is kept or computed twice.
     """
 
     @staticmethod
@@ -313,13 +315,20 @@ class _AnswerLosses(torch.autograd.Function):
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), LOGITS):
             rows = slice(i, i + LOGITS)
-            with torch.enable_grad():
-                logits = F.linear(x[rows].detach(), weight.detach()).requires_grad_()  # (LOGITS,V)
-                lm_part, kl_part = cross_entropy(logits, targets[rows]), torch.zeros_like(kl)
-                if teacher is not None:
-                    kl_part = kl_divergence(logits, F.linear(teacher[rows], teacher_weight))
-                (g,) = torch.autograd.grad(lm_weight * lm_part + kl_weight * kl_part, logits)
-            lm, kl = lm + lm_part.detach(), kl + kl_part.detach()
+            log_p = F.linear(x[rows], weight).float().log_softmax(-1)  # (LOGITS,V)
+            lm -= log_p.gather(1, targets[rows, None]).sum()
+            g = log_p.exp().mul_(lm_weight)
+            g.scatter_add_(1, targets[rows, None], torch.full_like(log_p[:, :1], -lm_weight))
+            if teacher is not None:
+                log_t = F.linear(teacher[rows], teacher_weight).float()
+                size = min(log_p.shape[1], log_t.shape[1])
+                log_t = log_t[:, :size].log_softmax(-1)
+                if size < log_p.shape[1]:
+                    log_p = log_p[:, :size].log_softmax(-1)
+                t = log_t.exp()
+                kl += (t * log_t.sub_(log_p)).sum()
+                g[:, :size].add_(log_p.exp_().sub_(t), alpha=kl_weight)
+            g = g.to(x.dtype)
             dx[rows] = g @ weight
             if dw is not None:
                 dw.addmm_(g.T, x[rows])

@@ -165,6 +165,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0,
         help="processes that prepare batches (default: %(default)s)",
     )
+    optim.add_argument(
+        "--recompute",
+        choices=["none", "cheap", "layers"],
+        default="none",
+        help="what the student's backward pass computes again to save memory: cheap operations only, or "
+        "whole layers (default: %(default)s)",
+    )
+    optim.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the layers: about a minute once, then less time and memory a step; needs a C++ "
+        "compiler",
+    )
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
     needless = given - {"out", "seed", "steps", "teacher", "make_tiny"}
@@ -177,6 +190,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.quiet = False
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
+    if args.compile and args.recompute == "cheap":
+        parser.error(
+            "--compile chooses by itself what is cheap to compute again; leave --recompute cheap out"
+        )
     return args
 
 
@@ -192,6 +209,11 @@ class Step(nn.Module):
         super().__init__()
         self.student, self.args = student, args
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
+        student.lm.recompute = args.recompute
+        if args.compile:
+            towers = [vlm.lm.model for vlm in (student, teacher) if vlm] + [student.vision.encoder]
+            for layer in (layer for tower in towers for layer in tower.layers):
+                layer.compile()
         self.vat_loss = args.vat_loss if stage == "2" else "none"
         if self.vat_loss != "none":
             student_layers, teacher_layers = (
@@ -421,7 +443,7 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
         print(f"stage {stage}: {start}, {size:,} parameters trained on {device}")
         print(f"teacher: {args.teacher if teacher else 'none'}")
         print(f"global batch: {ranks} ranks x {args.accumulation} x {args.batch_size} = {ranks * batch}")
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     step_module = Step(student, teacher, stage, args)
     module = DistributedDataParallel(step_module) if ranks > 1 else step_module
 
@@ -441,7 +463,12 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     )
     indices = batches_of(len(dataset), steps, args.accumulation, args.batch_size, rank, ranks, args.seed)
     loader = DataLoader(
-        dataset, batch_sampler=list(indices), collate_fn=data.collate, num_workers=args.workers
+        dataset,
+        batch_sampler=list(indices),
+        collate_fn=data.collate,
+        num_workers=args.workers,
+        prefetch_factor=4 if args.workers else None,  # batches that each worker is ahead
+        pin_memory=device != "cpu",
     )
     batches = iter(loader)
 

@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,6 +90,7 @@ VARIANTS = {  # name -> flags of train.py; None: the straightforward way
     "ours": [],
     "ours, text rows": ["--vat-queries", "text"],
     "ours, no VAT": ["--vat-loss", "none"],
+    "ours, --recompute cheap": ["--recompute", "cheap"],
 }
 
 # ---------------------------------------------------------------- models and batch
@@ -152,15 +154,20 @@ def to_transformers(vlm: VLM) -> tuple[nn.Module, nn.Module]:
 
 
 def look(vlm: VLM, batch: dict):
-    """One model with transformers' parts on a batch -> .logits (B,T,V), .attentions: L of (B,H,T,T)."""
+    """One model with transformers' parts -> .loss, .logits (B,T,V), .attentions: L of (B,H,T,T)."""
     ids, pixels = batch["input_ids"], batch["pixel_values"].to(vlm.lm.dtype)
     with torch.no_grad():
         z = vlm.vision(pixels, output_hidden_states=True).hidden_states[vlm.config.vision_layer]
     placeholder = ids == data.IMAGE_TOKEN
     embeds = vlm.lm.get_input_embeddings()(ids.masked_fill(placeholder, 0))
     embeds = embeds.masked_scatter(placeholder[..., None], vlm.adapter(z))
-    mask = batch["attention_mask"]
-    return vlm.lm(inputs_embeds=embeds, attention_mask=mask, output_attentions=True, use_cache=False)
+    return vlm.lm(
+        inputs_embeds=embeds,
+        attention_mask=batch["attention_mask"],
+        labels=batch["labels"],
+        output_attentions=True,
+        use_cache=False,
+    )
 
 
 def visual_maps(attentions: tuple[Tensor, ...], columns: Tensor) -> Tensor:
@@ -181,12 +188,10 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
     t_maps, groups = visual_maps(t.attentions, columns), distill.match_layers(student_layers, teacher_layers)
     t_maps = torch.stack([t_maps[group].mean(0) for group in groups])  # (k,B,T,P)
     queries = distill.query_rows("all", columns, batch["has_image"], batch["attention_mask"])
-    parts = {
-        "lm": distill.lm_loss(s.logits, labels),
-        "kl": distill.kl_loss(s.logits, t.logits, labels),
-        "adl": distill.visual_attention_loss(s_maps, t_maps, queries),
-    }
-    losses = {name: total / count for name, (total, count) in parts.items()}
+    log_s, log_t = (out.logits[:, :-1].log_softmax(-1) for out in (s, t))
+    divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # (B,T-1)
+    adl, count = distill.visual_attention_loss(s_maps, t_maps, queries)
+    losses = {"lm": s.loss, "kl": divergence[labels[:, 1:] != data.IGNORE].mean(), "adl": adl / count}
     sum(losses.values()).backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
@@ -293,6 +298,11 @@ def matmul_rate(M: int, K: int, N: int, device: str, dtype: torch.dtype) -> floa
     return 2 * M * K * N / statistics.median(times)
 
 
+def ratio(row: dict, other: dict) -> float:
+    """Of their times: the median over the rounds, in each of which the two ran one after the other."""
+    return statistics.median(a / b for a, b in zip(row["times"], other["times"]))
+
+
 def show(rows: list[list[str]]) -> None:
     """A fixed-width table, the first column on the left."""
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -324,15 +334,22 @@ def step(options: argparse.Namespace) -> None:
         rates.append(matmul_rate(*common, options.device, getattr(torch, options.dtype)))
 
     jobs = {name: (flags, shape, 0) for name, flags in VARIANTS.items()}
-    together = [jobs] if options.device == "cpu" else [{name: job} for name, job in jobs.items()]
-    rows = {name: row for group in together for name, row in measure(group, options, between).items()}
+    names = list(VARIANTS)
+    together = [names[:2], names[1:]] if options.device == "cpu" else [[name] for name in names]
+    groups = [measure({name: jobs[name] for name in group}, options, between) for group in together]
     rate = statistics.median(rates)
     floor = flops / rate
-    plain, ours, text, none = (rows[name] for name in VARIANTS)
+    first, second = (
+        {**groups[0], **groups[1]},
+        {name: row for group in groups[1:] for name, row in group.items()},
+    )
+    rows = {**second, **first}
+    plain, ours = first["transformers"], first["ours"]
 
     print(f"{about(options)}\n{shape}\nx: as a multiple of transformers'")
     table = [["", "s/step", "min-max", "samples/s", "tokens/s", "peak GB", "above*", "x time", "x memory"]]
-    for name, row in rows.items():
+    for name in VARIANTS:
+        row = rows[name]
         low, high, speed = min(row["times"]), max(row["times"]), shape.batch / row["seconds"]
         cells = [f"{row['seconds']:.3f}", f"{low:.3f}-{high:.3f}", f"{speed:.3f}"]
         cells += [f"{speed * shape.tokens:.0f}", f"{row['peak_gb']:.3f}", f"{row['above_gb']:.3f}"]
@@ -342,9 +359,15 @@ def step(options: argparse.Namespace) -> None:
     cells = [f"{floor:.3f}", "", f"{speed:.3f}", f"{speed * shape.tokens:.0f}", "", ""]
     show([*table, ["matmul floor", *cells, f"{floor / plain['seconds']:.3f}", ""]])
     print("* above weights, gradients and AdamW's state; on the CPU with what Python and torch hold")
-    for key, what in ("seconds", "time"), ("peak_gb", "memory"):
-        extra = [f"{row[key] / none[key] - 1:+.1%}" for row in (ours, text)]
-        print(f"VAT adds {what}: all rows {extra[0]}, text rows {extra[1]}")
+    none = second["ours, no VAT"]
+    for name in ("ours", "ours, text rows"):
+        memory = second[name]["peak_gb"] / none["peak_gb"] - 1
+        time = ratio(second[name], none) - 1
+        print(f"VAT, {'all' if name == 'ours' else 'text'} rows: time {time:+.1%}, memory {memory:+.1%}")
+    speed = (
+        f"{1 / ratio(ours, plain):.2f} times as fast, {ours['peak_gb'] / plain['peak_gb']:.3f} of the memory"
+    )
+    print(f"ours and transformers, round by round: {speed}")
     product, times = "x".join(map(str, common)), [row["seconds"] / floor for row in (ours, plain)]
     print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")
     print(f"ours {times[0]:.2f} times the floor, transformers {times[1]:.2f}")
