@@ -16,16 +16,15 @@ head dim, C width, P visual tokens, V vocabulary. References: Bai et al. 2023 (a
 transformers' models/qwen2/modeling_qwen2.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import BadInput, find, load_weights, read_json, section, to_dataclass
 
@@ -226,29 +225,6 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x)), attention
 
 
-aten = torch.ops.aten
-KEPT = [  # with recompute "cheap": results of the products, everything else is made again
-    aten.mm.default,
-    aten.addmm.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
-]
-
-
-def recomputing(layer: Layer, recompute: str) -> Callable:
-    """The layer, keeping less for its backward pass: with "layers" its input only, with "cheap" the results
-    of its products too, so that just norms, rotations and the activation are computed again.
-    """
-    if recompute == "none" or not torch.is_grad_enabled():
-        return layer
-    keep = (
-        {} if recompute == "layers" else {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)}
-    )
-    return partial(checkpoint, layer, use_reentrant=False, **keep)
-
-
 class Decoder(nn.Module):
     def __init__(self, c: QwenConfig):
         super().__init__()
@@ -273,7 +249,7 @@ class Qwen(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.recompute = "none"  # what the backward pass makes again: none, cheap, layers
+        self.checkpointing = False  # gradient checkpointing: a layer keeps its input and runs again backward
         self.model = Decoder(config)
         # A tied head is the embedding matrix: no parameter of its own, in memory as in the file.
         self.lm_head = (
@@ -326,7 +302,11 @@ class Qwen(nn.Module):
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             wanted = None if i not in asked else "whole" if look is None else look
-            x, attention = recomputing(layer, self.recompute)(x, rope, mask, layer_cache, wanted)
+            inputs = x, rope, mask, layer_cache, wanted
+            if self.checkpointing and torch.is_grad_enabled():
+                x, attention = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                x, attention = layer(*inputs)
             if wanted == "whole":
                 whole[i] = attention
             for j, group in enumerate(groups):  # the mean over a group grows as its maps appear

@@ -166,11 +166,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="processes that prepare batches (default: %(default)s)",
     )
     optim.add_argument(
-        "--recompute",
-        choices=["none", "cheap", "layers"],
-        default="none",
-        help="what the student's backward pass computes again to save memory: cheap operations only, or "
-        "whole layers (default: %(default)s)",
+        "--gradient-checkpointing",
+        action="store_true",
+        help="keep only the inputs of the student's layers and compute the rest again: less memory, more time",
     )
     optim.add_argument(
         "--compile",
@@ -190,10 +188,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.quiet = False
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
-    if args.compile and args.recompute == "cheap":
-        parser.error(
-            "--compile chooses by itself what is cheap to compute again; leave --recompute cheap out"
-        )
     return args
 
 
@@ -209,7 +203,7 @@ class Step(nn.Module):
         super().__init__()
         self.student, self.args = student, args
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
-        student.lm.recompute = args.recompute
+        student.lm.checkpointing = args.gradient_checkpointing
         if args.compile:
             towers = [vlm.lm.model for vlm in (student, teacher) if vlm] + [student.vision.encoder]
             for layer in (layer for tower in towers for layer in tower.layers):

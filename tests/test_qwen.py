@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qwen
 from checkpoint import BadInput
@@ -402,3 +405,68 @@ def test_config_fields_that_a_file_leaves_out_have_transformers_defaults():
 def test_config_that_is_not_supported_is_refused(bad):
     with pytest.raises(BadInput, match=str(FILE)):
         QwenConfig.from_hf({**PLAIN, **bad}, FILE)
+
+
+# ---------------------------------------------------------------- recomputation, compilation
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that really run, forward, backward and recomputed."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.number[str(operation)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("look", [None, Look([[0], [1, 2]], slice(2, 9), COLUMNS)], ids=["plain", "look"])
+def test_recomputation_changes_the_work_and_no_number(look):
+    """cheap: norms and activation twice, no product more; layers: the products of the forward pass again."""
+    lm = tiny()
+    weight, results, calls = torch.randn(3, 9, 61), {}, {}
+    for lm.recompute in ("none", "cheap", "layers"):
+        with Calls() as mode:
+            out = lm(IDS, look=look)
+            loss = (out.logits * weight).sum() + sum(
+                (i + 1) * m.square().sum() for i, m in enumerate(out.attentions)
+            )
+            results[lm.recompute] = loss, gradients(lm, loss)
+        calls[lm.recompute] = mode.number
+    none, cheap, layers = (Counter(calls[how]) for how in ("none", "cheap", "layers"))
+    for how in ("cheap", "layers"):
+        torch.testing.assert_close(results[how][0], results["none"][0], rtol=0, atol=0)
+        for name, expected in results["none"][1].items():
+            torch.testing.assert_close(results[how][1][name], expected, rtol=1e-6, atol=1e-6)
+    silu, product, bias_product = "aten.silu.default", "aten.mm.default", "aten.addmm.default"
+    assert (none[silu], cheap[silu], layers[silu]) == (3, 6, 6)
+    assert cheap[product] == none[product] and cheap[bias_product] == none[bias_product] == 3 * 3
+    assert layers[product] >= none[product] + 3 * 3 and layers[bias_product] == 2 * 3 * 3
+
+
+def test_nothing_is_recomputed_where_no_gradient_flows():
+    lm = tiny()
+    lm.recompute = "layers"
+    with torch.no_grad(), Calls() as mode:
+        lm(IDS)
+    assert mode.number["aten.silu.default"] == 3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
+    """Logits, maps and gradients, for two lengths (the second compiles shapes as unknowns)."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    lm, fast = tiny(), tiny()
+    fast.load_state_dict(lm.state_dict())
+    for layer in fast.model.layers:
+        layer.compile()
+    for length in (9, 7):
+        look = Look([[0], [1, 2]], slice(1, length), COLUMNS)
+        results = []
+        for model in (lm, fast):
+            out = model(IDS[:, :length], look=look)
+            loss = out.logits.square().mean() + sum(m.square().sum() for m in out.attentions)
+            results.append((out.logits, out.attentions, gradients(model, loss)))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
