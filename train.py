@@ -168,7 +168,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument(
         "--gradient-checkpointing",
         action="store_true",
-        help="keep only the inputs of the student's layers and compute the rest again: less memory, more time",
+        help="keep only the inputs of the student's layers and compute the rest again: less memory, slower",
     )
     optim.add_argument(
         "--compile",

@@ -17,6 +17,7 @@ import argparse
 import copy
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -90,7 +91,8 @@ VARIANTS = {  # name -> flags of train.py; None: the straightforward way
     "ours": [],
     "ours, text rows": ["--vat-queries", "text"],
     "ours, no VAT": ["--vat-loss", "none"],
-    "ours, --recompute cheap": ["--recompute", "cheap"],
+    "ours, checkpointing": ["--gradient-checkpointing"],
+    "ours, compiled": ["--compile"],
 }
 
 # ---------------------------------------------------------------- models and batch
@@ -340,7 +342,7 @@ def step(options: argparse.Namespace) -> None:
     rate = statistics.median(rates)
     floor = flops / rate
     first, second = (
-        {**groups[0], **groups[1]},
+        {**groups[1], **groups[0]},
         {name: row for group in groups[1:] for name, row in group.items()},
     )
     rows = {**second, **first}
@@ -502,7 +504,12 @@ def floor(options: argparse.Namespace) -> None:
 
 
 def scaling(options: argparse.Namespace) -> None:
-    """What VAT adds (all rows) as visual tokens, batch and matched student layers grow, one at a time."""
+    """What VAT adds (all rows) as visual tokens, batch and matched student layers grow, one at a time.
+
+    With and without it take turns. Freed memory goes back to the system at once here (glibc's setting below,
+    which costs time in both), so that the largest resident set is the most that was in use.
+    """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     shape, depth = options.shape, options.shape.student.num_hidden_layers
     usual = len(distill.understanding_layers(depth))
     sides = (14, 27, 40) if options.shape_name != "small" else (2, 4, 8)  # in patches
@@ -512,18 +519,14 @@ def scaling(options: argparse.Namespace) -> None:
         "batch": [(sides[1] ** 2, batch, usual) for batch in (1, 2, 4)],
         "matched layers": [(sides[1] ** 2, shape.batch, k) for k in sorted({1, 3, usual, depth})],
     }
-    without, points = {}, {}
-
-    def one(name: str, *job) -> dict:
-        return measure({name: job}, options)[name]
-
+    points = {}
     for P, B, k in dict.fromkeys(sum(series.values(), [])):
         size = shape.vision.patch_size * math.isqrt(P)
         at, name = replace(shape, vision=replace(shape.vision, image_size=size), batch=B), f"P {P}, B {B}"
-        if (P, B) not in without:  # the matched layers do not matter there
-            without[P, B] = one(f"{name}, no VAT", ["--vat-loss", "none"], at, 0)
-        row = one(f"{name}, k {k}", ["--layers", "all"] if k == depth else [], at, k)
-        pairs = [(row[key], without[P, B][key]) for key in ("seconds", "peak_gb")]
+        flags = ["--layers", "all"] if k == depth else []
+        jobs = {f"{name}, k {k}": (flags, at, k), f"{name}, no VAT": (["--vat-loss", "none"], at, 0)}
+        row, without = measure(jobs, options).values()
+        pairs = [(row[key], without[key]) for key in ("seconds", "peak_gb")]
         points[P, B, k] = dict(zip(names, [x for vat, none in pairs for x in (vat, none, vat - none)]))
 
     print(f"{about(options)}\n{shape}\nP visual tokens, B samples, k matched layers of the student")
