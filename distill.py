@@ -8,8 +8,10 @@
     L_LM  next-token cross-entropy on answers     lm_loss
     L = L_LM + L_KL + L_ADL, all weights 1
 
-Every loss returns (sum, count): add both over micro-batches and ranks and divide once, because a mean of
-means is a different gradient when the number of answer tokens varies. Losses are computed in float32, and the
+These are the definitions, on whole matrices. Training runs the same without whole matrices: kl_loss and
+lm_loss in answer_losses, group_mean in qwen.Look; tests equate them. Losses are sums, beside their count: add
+both over micro-batches and ranks and divide once, because a mean of means is a different gradient when the
+number of answer tokens varies. Losses are computed in float32, and the
 teacher's side is detached. Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C
 width, V vocabulary.
 """
@@ -241,29 +243,24 @@ def kl_loss(
     return kl_divergence(student_logits[answers], teacher_logits[answers]), answers.sum()
 
 
-def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T) -> (sum, count)."""
-    targets = next_tokens(labels)
-    answers = targets != IGNORE
-    return cross_entropy(logits[answers], targets[answers]), answers.sum()
-
-
-def next_tokens(labels: Tensor) -> Tensor:
-    """labels (B,T) -> (B,T): what each position is to predict, the label of the token after it."""
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), over the words both have."""
+    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), over the words that both have."""
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     s = student_logits[:, :size].float().log_softmax(-1)
     t = teacher_logits[:, :size].detach().float().log_softmax(-1)
     return F.kl_div(s, t, reduction="sum", log_target=True)
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """sum of -log p(target) over the rows of logits (n,V), targets (n,)."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T) -> (sum, count)."""
+    targets = next_tokens(labels)
+    answers = targets != IGNORE
+    return F.cross_entropy(logits[answers].float(), targets[answers], reduction="sum"), answers.sum()
+
+
+def next_tokens(labels: Tensor) -> Tensor:
+    """labels (B,T) -> (B,T): what each position is to predict, the label of the token after it."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 # ---------------------------------------------------------------- the same two, from hidden states
@@ -276,10 +273,10 @@ def answer_losses(
     kl_weight: float = 1.0,
     shifted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """lm_loss + kl_weight * kl_loss, where no more than LOGITS rows of logits exist at one time.
+    """What training runs: lm_loss and kl_loss with at most LOGIT_ROWS rows of logits of a model at a time.
 
-    student, teacher: final hidden states (B,T,C) and the output matrix (V,C); labels (B,T); no teacher, no
-    KL -> the sums L_LM + kl_weight * L_KL (to differentiate), L_LM, L_KL (to show).
+    student, teacher: final hidden states (B,T,C) and output matrix (V,C); labels (B,T). Returns three sums:
+    L_LM + kl_weight * L_KL, to differentiate, then L_LM and L_KL, to show. Without a teacher L_KL is 0.
     """
     hidden, head = student
     targets = next_tokens(labels)
@@ -296,16 +293,14 @@ def answer_losses(
     return weighted_lm + weighted_kl, lm, kl
 
 
-LOGITS = 64  # rows of logits (n,V) at one time
+LOGIT_ROWS = 64
 
 
 class _AnswerLosses(torch.autograd.Function):
     """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
 
-    With g = dL/ds, dL/dx = gW and dL/dW = g^T x; and g itself is known, with p = softmax(s):
-        dL_LM/ds = p - onehot(target)        dL_KL/ds = p - p_teacher
-    So each chunk of logits is used up, forward and backward, before the next one is made: nothing of size
-    (n,V) is kept or computed twice.
+    With g = dL/ds, dL/dx = gW and dL/dW = g^T x. So each chunk of logits is used up, forward and backward,
+    before the next one is made: nothing of size (n,V) is kept or computed twice.
     """
 
     @staticmethod
@@ -313,31 +308,25 @@ class _AnswerLosses(torch.autograd.Function):
         lm, kl = x.new_zeros(2, dtype=torch.float32)
         dx = torch.zeros_like(x)
         dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), LOGITS):
-            rows = slice(i, i + LOGITS)
-            log_p = F.linear(x[rows], weight).float().log_softmax(-1)  # (LOGITS,V)
-            lm -= log_p.gather(1, targets[rows, None]).sum()
-            g = log_p.exp().mul_(lm_weight)
-            g.scatter_add_(1, targets[rows, None], torch.full_like(log_p[:, :1], -lm_weight))
-            if teacher is not None:
-                log_t = F.linear(teacher[rows], teacher_weight).float()
-                size = min(log_p.shape[1], log_t.shape[1])
-                log_t = log_t[:, :size].log_softmax(-1)
-                if size < log_p.shape[1]:
-                    log_p = log_p[:, :size].log_softmax(-1)
-                t = log_t.exp()
-                kl += (t * log_t.sub_(log_p)).sum()
-                g[:, :size].add_(log_p.exp_().sub_(t), alpha=kl_weight)
-            g = g.to(x.dtype)
+        for i in range(0, len(x), LOGIT_ROWS):
+            rows = slice(i, i + LOGIT_ROWS)
+            s = F.linear(x[rows], weight).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
+            with torch.enable_grad():
+                cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
+                divergence = torch.zeros_like(kl)
+                if teacher is not None:
+                    divergence = kl_divergence(s, F.linear(teacher[rows], teacher_weight))
+                (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
+            lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
             dx[rows] = g @ weight
             if dw is not None:
                 dw.addmm_(g.T, x[rows])
-        ctx.gradients = dx, dw
+        ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(lm, kl)
         return lm_weight * lm + kl_weight * kl, lm, kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
-        dx, dw = ctx.gradients
+        dx, dw = ctx.saved_tensors
         return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None

@@ -57,10 +57,8 @@ def next_token_logits(vlm: model.VLM, samples: Iterable[dict]) -> Tensor:
     """What comes first after each prompt: -> (samples, V)."""
     rows = []
     for batch in batches(samples, vlm.device):
-        hidden, _ = vlm.hidden(
-            batch["input_ids"], batch["pixel_values"]
-        )  # (B,T,C); causality hides padding on the right
-        last = batch["attention_mask"].sum(1) - 1
+        hidden, _ = vlm.hidden(batch["input_ids"], batch["pixel_values"])  # (B,T,C)
+        last = batch["attention_mask"].sum(1) - 1  # padding is on the right, where causality hides it
         last = hidden[torch.arange(len(hidden), device=hidden.device), last]  # (B,C)
         rows.append(vlm.lm.head(last).float())
     return torch.cat(rows)

@@ -111,24 +111,9 @@ class VLM(nn.Module):
         z = self.vision(pixel_values.to(self.lm.model.norm.weight.dtype), layer=self.config.vision_layer)
         return z[:, 1:] if self.config.drop_first_patch else z
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        attention_layers: Sequence[int] = (),
-        look: Look | None = None,
-        visual_tokens: Tensor | None = None,
-    ) -> Output:
-        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> logits
-        (B,T,V), attentions.
-
-        attention_layers: whose attention to return whole (B,H,T,T); look: maps of some rows and columns, as
-        means (B,R,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
-        """
-        hidden, attentions = self.hidden(
-            input_ids, pixel_values, attention_mask, attention_layers, look, visual_tokens
-        )
+    def forward(self, *args, **kwargs) -> Output:
+        """What `hidden` takes -> logits (B,T,V) and attentions."""
+        hidden, attentions = self.hidden(*args, **kwargs)
         return Output(self.lm.head(hidden), attentions)
 
     def hidden(
@@ -140,7 +125,12 @@ class VLM(nn.Module):
         look: Look | None = None,
         visual_tokens: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
-        """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
+        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> final
+        hidden states (B,T,C), attentions.
+
+        attention_layers: whose attention to return whole (B,H,T,T); look: maps of some rows and columns, as
+        means (B,R,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
+        """
         embeds = self.embed(input_ids, pixel_values, visual_tokens)
         return self.lm.hidden(None, attention_mask, attention_layers, look, inputs_embeds=embeds)
 

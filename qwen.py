@@ -143,19 +143,22 @@ def visual_columns_of(attention: Tensor, columns: Tensor, unseen: int = 0) -> Te
     return mean.gather(2, columns[:, None, :].expand(-1, mean.shape[1], -1))
 
 
-CHUNK = 128  # query rows whose attention exists at one time in visual_map
+QUERY_ROWS = 128  # whose attention exists at one time in visual_map
 
 
+@torch.compiler.disable  # compiled, it would be compiled anew for every length
 def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
     """visual_columns_of(probabilities(q, k, mask), columns)[:, rows] -> (B,R,P), without ever holding A.
 
-    CHUNK rows at a time, and only the keys they may see; computed again in the backward pass, so that what
-    stays in memory between the two passes is (B,R,P) and nothing with heads.
+    QUERY_ROWS rows at a time and only the keys they may see, computed again in the backward pass: what stays
+    in memory between the two passes is (B,R,P) and nothing with heads.
     """
     T, S = q.shape[2], k.shape[2]
-    maps = [q.new_zeros(len(q), 0, columns.shape[1], dtype=torch.float32)]
-    for start in range(rows.start, rows.stop, CHUNK):
-        stop = min(start + CHUNK, rows.stop)
+    maps = [
+        q.new_zeros(len(q), 0, columns.shape[1], dtype=torch.float32)
+    ]  # R is 0 where no one has a picture
+    for start in range(rows.start, rows.stop, QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, rows.stop)
         seen = S - T + stop  # no query of this chunk sees a key beyond
         part = None if mask is None else mask[:, :, start:stop, :seen]
         chunk = (q[:, :, start:stop], k[:, :, :seen], part, columns, S - seen)
@@ -258,21 +261,9 @@ class Qwen(nn.Module):
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        attention_layers: Sequence[int] = (),
-        look: Look | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: Cache | None = None,
-    ) -> Output:
-        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> logits (B,T,V) and attentions: whole
-        ones (B,H,T,S) of `attention_layers`, or the maps of a `look`.
-
-        attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
-        """
-        x, attentions = self.hidden(input_ids, attention_mask, attention_layers, look, inputs_embeds, cache)
+    def forward(self, *args, **kwargs) -> Output:
+        """What `hidden` takes -> logits (B,T,V) and attentions."""
+        x, attentions = self.hidden(*args, **kwargs)
         return Output(self.head(x), attentions)
 
     def hidden(
@@ -284,7 +275,11 @@ class Qwen(nn.Module):
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
     ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
-        """All of `forward` but the head: -> final hidden states (B,T,C), attentions."""
+        """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> final hidden states (B,T,C) and
+        attentions: whole ones (B,H,T,S) of `attention_layers`, or the maps (B,R,P) of a `look`.
+
+        attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
+        """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         groups = [] if look is None else look.groups
         asked = {*attention_layers, *(i for group in groups for i in group)}
@@ -298,7 +293,7 @@ class Qwen(nn.Module):
         rope = rope_angles(
             positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
         )
-        whole, means = {}, [None] * len(groups)
+        whole, means = {}, [0.0] * len(groups)
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             wanted = None if i not in asked else "whole" if look is None else look
@@ -311,8 +306,7 @@ class Qwen(nn.Module):
                 whole[i] = attention
             for j, group in enumerate(groups):  # the mean over a group grows as its maps appear
                 if i in group:
-                    share = attention / len(group)
-                    means[j] = share if means[j] is None else means[j].add_(share)
+                    means[j] = means[j] + attention / len(group)
         return self.model.norm(x), whole if look is None else means
 
     @property

@@ -205,9 +205,9 @@ class Step(nn.Module):
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         student.lm.checkpointing = args.gradient_checkpointing
         if args.compile:
-            towers = [vlm.lm.model for vlm in (student, teacher) if vlm] + [student.vision.encoder]
-            for layer in (layer for tower in towers for layer in tower.layers):
-                layer.compile()
+            for tower in [student.vision.encoder, *(vlm.lm.model for vlm in (student, teacher) if vlm)]:
+                for layer in tower.layers:
+                    layer.compile()
         self.vat_loss = args.vat_loss if stage == "2" else "none"
         if self.vat_loss != "none":
             student_layers, teacher_layers = (
@@ -220,8 +220,8 @@ class Step(nn.Module):
             self.student_groups = [[layer] for layer in student_layers]
             self.teacher_groups = [[layer] for layer in teacher_layers] if adaptive else groups
 
-    def forward(self, batch: dict, counts: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """counts: what `counts` gives, summed over the global batch -> the loss and, to show, its terms."""
+    def forward(self, batch: dict, totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """totals: what `counts` gives, summed over the global batch -> the loss and, to show, its terms."""
         student, teacher, args = self.student, self.teacher[0], self.args
         ids, labels = batch["input_ids"], batch["labels"]
         student_look = teacher_look = None
@@ -241,7 +241,7 @@ class Step(nn.Module):
         student_tokens = student.adapter.fetch(teacher_tokens) if args.taf and teacher else student.adapter(z)
         s, s_maps = student.hidden(ids, visual_tokens=student_tokens, look=student_look)
 
-        answers, attended = counts.clamp(min=1)
+        answers, aligned = totals.clamp(min=1)
         distilled = teacher is not None and args.kl_weight > 0
         loss, lm, kl = distill.answer_losses(
             (s, student.lm.head_weight),
@@ -254,14 +254,16 @@ class Step(nn.Module):
         if distilled:
             terms["kl"] = kl / answers
         if self.vat_loss != "none":
-            terms["adl"] = self.attention_loss(s_maps, t_maps, queries, rows, batch) / attended
+            terms["adl"] = self.attention_loss(s_maps, t_maps, queries, rows, batch) / aligned
             loss = loss + args.vat_weight * terms["adl"]
         return loss, {name: term.detach() for name, term in terms.items()}
 
     def attention_loss(
         self, s: list[Tensor], t: list[Tensor], queries: Tensor, rows: slice, batch: dict
     ) -> Tensor:
-        """VAT: the k maps (B,R,P) of the student and of the teacher, queries (B,T) -> the sum of L_ADL."""
+        """VAT: the student's k maps (B,R,P) and the teacher's k means (or, with adaptive matching, all its
+        maps), queries (B,T) -> the sum of L_ADL.
+        """
         args, queries = self.args, queries[:, rows]
         if args.matching == "adaptive":
             t = distill.adaptive_match(torch.stack(s), torch.stack(t), queries)

@@ -662,7 +662,7 @@ def test_taf_parameter_count_of_the_paper():
 @pytest.mark.parametrize("frozen", [False, True], ids=["head-trained", "head-frozen"])
 def test_answer_losses_are_the_plain_losses(monkeypatch, chunk, shifted, words, frozen):
     """From hidden states in chunks = from whole logits: values, and gradients of states and output matrix."""
-    monkeypatch.setattr(distill, "LOGITS", chunk)
+    monkeypatch.setattr(distill, "LOGIT_ROWS", chunk)
     torch.manual_seed(0)
     labels = torch.full((3, 9), IGNORE)
     labels[0, 3:6], labels[1, 8], labels[2, 1:3], labels[2, 7:] = torch.tensor([4, 5, 6]), 7, 8, 9
@@ -715,8 +715,8 @@ def test_answer_losses_with_a_tied_head_and_without_answers():
 
 
 def test_answer_losses_make_logits_of_answers_only(monkeypatch):
-    """Every row of logits that exists belongs to an answer, and no more than LOGITS of them exist at once."""
-    monkeypatch.setattr(distill, "LOGITS", 4)
+    """Every row of logits that exists belongs to an answer, and LOGIT_ROWS of them exist at once."""
+    monkeypatch.setattr(distill, "LOGIT_ROWS", 4)
     made, plain = [], F.linear
     monkeypatch.setattr(F, "linear", lambda x, w: made.append(len(x)) or plain(x, w))
     labels = torch.full((2, 20), IGNORE)

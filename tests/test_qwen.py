@@ -165,7 +165,7 @@ def test_a_look_is_the_head_mean_of_whole_maps(monkeypatch, mask, kv_heads, chun
     """The same numbers, the same logits, and the same gradients through the maps as from whole maps, however
     many rows are made at a time; group means as well.
     """
-    monkeypatch.setattr(qwen, "CHUNK", chunk)
+    monkeypatch.setattr(qwen, "QUERY_ROWS", chunk)
     lm = tiny(num_key_value_heads=kv_heads)
     whole = lm(IDS, mask, attention_layers=[0, 1, 2])
     seen = lm(IDS, mask, look=Look([[0], [2], [0, 1, 2]], rows, COLUMNS))
@@ -221,7 +221,7 @@ def test_rows_outside_a_look_are_never_computed(monkeypatch):
     """The queries that reach softmax are those of the look, each once, with the keys before them only."""
     shapes = []
     plain = qwen.probabilities
-    monkeypatch.setattr(qwen, "CHUNK", 2)
+    monkeypatch.setattr(qwen, "QUERY_ROWS", 2)
     monkeypatch.setattr(
         qwen, "probabilities", lambda q, k, m: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, m)
     )

@@ -196,8 +196,8 @@ def test_a_step_is_the_whole_matrix_form(one_rank, world, monkeypatch, flags, ch
     import distill
     import qwen
 
-    monkeypatch.setattr(qwen, "CHUNK", chunk)
-    monkeypatch.setattr(distill, "LOGITS", chunk)
+    monkeypatch.setattr(qwen, "QUERY_ROWS", chunk)
+    monkeypatch.setattr(distill, "LOGIT_ROWS", chunk)
     student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
     student.requires_grad_(True)
     student.vision.requires_grad_(False)
