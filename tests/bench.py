@@ -86,8 +86,9 @@ SHAPES = {
     "real": Shape(SO400M, qwen(2048, 24, 16, 5504), qwen(2560, 40, 20, 6912), 131),  # Qwen1.5, 4B -> 1.8B
 }
 
-VARIANTS = {  # name -> flags of train.py; None: the straightforward way
-    "transformers": None,
+VARIANTS = {  # name -> flags of train.py, or of the straightforward way: losses of all tokens, or of answers
+    "transformers": "all",
+    "transformers, answers": "answers",
     "ours": [],
     "ours, text rows": ["--vat-queries", "text"],
     "ours, no VAT": ["--vat-loss", "none"],
@@ -155,7 +156,7 @@ def to_transformers(vlm: VLM) -> tuple[nn.Module, nn.Module]:
     return vision.requires_grad_(False), lm
 
 
-def look(vlm: VLM, batch: dict):
+def forward(vlm: VLM, batch: dict, labels: Tensor | None = None):
     """One model with transformers' parts -> .loss, .logits (B,T,V), .attentions: L of (B,H,T,T)."""
     ids, pixels = batch["input_ids"], batch["pixel_values"].to(vlm.lm.dtype)
     with torch.no_grad():
@@ -166,7 +167,7 @@ def look(vlm: VLM, batch: dict):
     return vlm.lm(
         inputs_embeds=embeds,
         attention_mask=batch["attention_mask"],
-        labels=batch["labels"],
+        labels=labels,
         output_attentions=True,
         use_cache=False,
     )
@@ -178,22 +179,27 @@ def visual_maps(attentions: tuple[Tensor, ...], columns: Tensor) -> Tensor:
     return maps.gather(3, columns[None, :, None, :].expand(len(maps), -1, maps.shape[2], -1))
 
 
-def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.Optimizer):
+def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.Optimizer, losses_of: str):
     """One optimizer step -> losses, gradient norm; what train.optimizer_step does, from the definitions."""
     with torch.no_grad():
-        t = look(teacher, batch)
-    s = look(student, batch)
+        t = forward(teacher, batch)
     labels, columns = batch["labels"], batch["visual_columns"]
+    s = forward(student, batch, labels if losses_of == "all" else None)
     depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
     student_layers, teacher_layers = (distill.understanding_layers(depth) for depth in depths)
     s_maps = visual_maps(s.attentions, columns)[student_layers]  # (k,B,T,P)
     t_maps, groups = visual_maps(t.attentions, columns), distill.match_layers(student_layers, teacher_layers)
     t_maps = torch.stack([t_maps[group].mean(0) for group in groups])  # (k,B,T,P)
     queries = distill.query_rows("all", columns, batch["has_image"], batch["attention_mask"])
-    log_s, log_t = (out.logits[:, :-1].log_softmax(-1) for out in (s, t))
-    divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # (B,T-1)
+    if losses_of == "all":  # every token's, the others masked: transformers' own L_LM, the textbook's L_KL
+        log_s, log_t = (out.logits[:, :-1].log_softmax(-1) for out in (s, t))
+        divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # (B,T-1)
+        lm, kl = s.loss, divergence[labels[:, 1:] != data.IGNORE].mean()
+    else:  # of the answers, picked from the whole logits
+        sums = distill.lm_loss(s.logits, labels), distill.kl_loss(s.logits, t.logits, labels)
+        lm, kl = (total / number for total, number in sums)
     adl, count = distill.visual_attention_loss(s_maps, t_maps, queries)
-    losses = {"lm": s.loss, "kl": divergence[labels[:, 1:] != data.IGNORE].mean(), "adl": adl / count}
+    losses = {"lm": lm, "kl": kl, "adl": adl / count}
     sum(losses.values()).backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
@@ -204,7 +210,7 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
 # ---------------------------------------------------------------- measuring
 
 
-def worker(pipe, flags: list[str] | None, shape: Shape, options: argparse.Namespace, k: int) -> None:
+def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespace, k: int) -> None:
     """A process that builds one variant and does a step for every message. k: match only the first k of the
     student's layers, 0 = all that the flags say.
     """
@@ -212,7 +218,8 @@ def worker(pipe, flags: list[str] | None, shape: Shape, options: argparse.Namesp
     device, dtype = options.device, getattr(torch, options.dtype)
     student, teacher = build(shape, device, dtype)
     batch = make_batch(shape, device)
-    if flags is None:
+    plain = isinstance(flags, str)
+    if plain:
         teacher.vision, teacher.lm = to_transformers(teacher)
         student.vision, student.lm = to_transformers(student)  # its own copy of the vision encoder
         student.adapter.teacher = copy.deepcopy(teacher.adapter)
@@ -223,7 +230,7 @@ def worker(pipe, flags: list[str] | None, shape: Shape, options: argparse.Namesp
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
         module = train.Step(student, teacher, "2", train.parse_args(["--stage", "2", *flags]))
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
     weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
     static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
     if device == "cuda":
@@ -231,8 +238,8 @@ def worker(pipe, flags: list[str] | None, shape: Shape, options: argparse.Namesp
     pipe.send("ready")
     while pipe.recv():
         started = clock(device)
-        if flags is None:
-            losses, norm = plain_step(student, teacher, batch, optimizer)
+        if plain:
+            losses, norm = plain_step(student, teacher, batch, optimizer, flags)
         else:
             losses, norm = train.optimizer_step(module, module, optimizer, [batch], ranks=1)
         seconds = clock(device) - started
@@ -329,55 +336,51 @@ def write(options: argparse.Namespace, **results) -> None:
 
 
 def step(options: argparse.Namespace) -> None:
+    """Every variant beside ours: in the same rounds on the CPU, one after the other on cuda."""
     shape, rates = options.shape, []
     common, flops = most_common(shape), sum(row[1] for row in count(shape))
 
     def between() -> None:
         rates.append(matmul_rate(*common, options.device, getattr(torch, options.dtype)))
 
-    jobs = {name: (flags, shape, 0) for name, flags in VARIANTS.items()}
-    names = list(VARIANTS)
-    together = [names[:2], names[1:]] if options.device == "cpu" else [[name] for name in names]
-    groups = [measure({name: jobs[name] for name in group}, options, between) for group in together]
+    def run(*names: str) -> dict[str, dict]:
+        return measure({name: (VARIANTS[name], shape, 0) for name in names}, options, between)
+
+    plain, picked, ours, *others = VARIANTS
+    if options.device == "cpu":
+        groups = [run(plain, ours), run(picked, ours), run(ours, *others)]
+    else:
+        alone = {name: row for variant in VARIANTS for name, row in run(variant).items()}
+        groups = [alone, alone, alone]
     rate = statistics.median(rates)
     floor = flops / rate
-    first, second = (
-        {**groups[1], **groups[0]},
-        {name: row for group in groups[1:] for name, row in group.items()},
-    )
-    rows = {**second, **first}
-    plain, ours = first["transformers"], first["ours"]
 
-    print(f"{about(options)}\n{shape}\nx: as a multiple of transformers'")
-    table = [["", "s/step", "min-max", "samples/s", "tokens/s", "peak GB", "above*", "x time", "x memory"]]
+    print(f"{about(options)}\n{shape}\nx: as a multiple of ours, round by round")
+    table, rows = [["", "s/step", "min-max", "samples/s", "peak GB", "above*", "x time", "x memory"]], {}
     for name in VARIANTS:
-        row = rows[name]
-        low, high, speed = min(row["times"]), max(row["times"]), shape.batch / row["seconds"]
-        cells = [f"{row['seconds']:.3f}", f"{low:.3f}-{high:.3f}", f"{speed:.3f}"]
-        cells += [f"{speed * shape.tokens:.0f}", f"{row['peak_gb']:.3f}", f"{row['above_gb']:.3f}"]
-        ratios = row["seconds"] / plain["seconds"], row["peak_gb"] / plain["peak_gb"]
-        table.append([name, *cells, *(f"{ratio:.3f}" for ratio in ratios)])
-    speed = shape.batch / floor
-    cells = [f"{floor:.3f}", "", f"{speed:.3f}", f"{speed * shape.tokens:.0f}", "", ""]
-    show([*table, ["matmul floor", *cells, f"{floor / plain['seconds']:.3f}", ""]])
+        group = next(group for group in reversed(groups) if name in group)
+        row = group[name]
+        cells = [f"{row['seconds']:.3f}", f"{min(row['times']):.3f}-{max(row['times']):.3f}"]
+        cells += [f"{shape.batch / row['seconds']:.3f}", f"{row['peak_gb']:.3f}", f"{row['above_gb']:.3f}"]
+        times = ratio(row, group[ours]), row["peak_gb"] / group[ours]["peak_gb"]
+        table.append([name, *cells, *(f"{x:.3f}" for x in times)])
+        rows[name] = row | dict(zip(("times_ours_time", "times_ours_memory"), times))
+    seconds = [f"{floor:.3f}", "", f"{shape.batch / floor:.3f}", "", ""]
+    show([*table, ["matmul floor", *seconds, f"{floor / rows[ours]['seconds']:.3f}", ""]])
     print("* above weights, gradients and AdamW's state; on the CPU with what Python and torch hold")
-    none = second["ours, no VAT"]
-    for name in ("ours", "ours, text rows"):
-        memory = second[name]["peak_gb"] / none["peak_gb"] - 1
-        time = ratio(second[name], none) - 1
-        print(f"VAT, {'all' if name == 'ours' else 'text'} rows: time {time:+.1%}, memory {memory:+.1%}")
-    speed = (
-        f"{1 / ratio(ours, plain):.2f} times as fast, {ours['peak_gb'] / plain['peak_gb']:.3f} of the memory"
-    )
-    print(f"ours and transformers, round by round: {speed}")
-    product, times = "x".join(map(str, common)), [row["seconds"] / floor for row in (ours, plain)]
+    last = groups[-1]
+    none = last["ours, no VAT"]
+    for name, queries in ((ours, "all"), ("ours, text rows", "text")):
+        time, memory = ratio(last[name], none) - 1, last[name]["peak_gb"] / none["peak_gb"] - 1
+        print(f"VAT adds, {queries} rows: time {time:+.1%}, memory {memory:+.1%}")
+    product, times = "x".join(map(str, common)), [rows[name]["seconds"] / floor for name in (ours, plain)]
     print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")
     print(f"ours {times[0]:.2f} times the floor, transformers {times[1]:.2f}")
 
     agree, tolerance = True, 1e-4 if options.dtype == "float32" else 2e-2
     print(f"first step{'':6}transformers        ours  difference")
-    for name, value in plain["losses"].items():
-        other = ours["losses"][name]
+    for name, value in rows[plain]["losses"].items():
+        other = rows[ours]["losses"][name]
         agree &= math.isclose(value, other, rel_tol=tolerance, abs_tol=tolerance)
         print(f"  {name:12}{value:14.7f}{other:12.7f}{abs(value - other) / abs(value):12.1e}")
     print(f"transformers and ours agree to {tolerance}: {'yes' if agree else 'NO'}")

@@ -693,6 +693,19 @@ def test_answer_losses_are_the_plain_losses(monkeypatch, chunk, shifted, words, 
     torch.testing.assert_close(torch.autograd.grad(loss, inputs), plain, rtol=1e-5, atol=1e-5)
 
 
+def test_gradients_of_answer_losses_are_handed_over_and_used_once():
+    """The output matrix's gradient is the one made in the forward pass, not a copy of it; and a second
+    backward pass, for which it is gone, is an error.
+    """
+    hidden, head = torch.randn(1, 5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss, *_ = answer_losses((hidden, head), None, torch.tensor([[IGNORE, 1, 2, 3, 4]]))
+    made = loss.grad_fn.saved_tensors[1].data_ptr()
+    loss.backward()
+    assert head.grad.data_ptr() == made
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
 def test_answer_losses_with_a_tied_head_and_without_answers():
     """The output matrix that is the embedding, too, gets both gradients; no answer gives 0 and zeros."""
     torch.manual_seed(0)
