@@ -1,6 +1,7 @@
 """What a distillation step costs, in seconds and gigabytes, beside the straightforward way with transformers.
 
     python tests/bench.py step       # transformers, ours, ours with text rows, ours without VAT, matmul floor
+    python tests/bench.py vat        # the three of ours alone, for more rounds
     python tests/bench.py floor      # FLOPs and bytes of a step, counted from the shape; runs nothing
     python tests/bench.py scaling    # over visual tokens, batch and matched layers: what VAT adds
     python tests/bench.py data       # samples per second that decoding and resizing deliver
@@ -368,11 +369,7 @@ def step(options: argparse.Namespace) -> None:
     seconds = [f"{floor:.3f}", "", f"{shape.batch / floor:.3f}", "", ""]
     show([*table, ["matmul floor", *seconds, f"{floor / rows[ours]['seconds']:.3f}", ""]])
     print("* above weights, gradients and AdamW's state; on the CPU with what Python and torch hold")
-    last = groups[-1]
-    none = last["ours, no VAT"]
-    for name, queries in ((ours, "all"), ("ours, text rows", "text")):
-        time, memory = ratio(last[name], none) - 1, last[name]["peak_gb"] / none["peak_gb"] - 1
-        print(f"VAT adds, {queries} rows: time {time:+.1%}, memory {memory:+.1%}")
+    show_vat(groups[-1])
     product, times = "x".join(map(str, common)), [rows[name]["seconds"] / floor for name in (ours, plain)]
     print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")
     print(f"ours {times[0]:.2f} times the floor, transformers {times[1]:.2f}")
@@ -387,6 +384,27 @@ def step(options: argparse.Namespace) -> None:
     write(options, rows=rows, flops=flops, matmul=common, matmul_rates=rates, floor=floor, agree=agree)
     if not agree:
         sys.exit("transformers and ours compute different losses")
+
+
+def show_vat(rows: dict[str, dict]) -> None:
+    none = rows["ours, no VAT"]
+    for name, queries in (("ours", "all"), ("ours, text rows", "text")):
+        time, memory = ratio(rows[name], none) - 1, rows[name]["peak_gb"] / none["peak_gb"] - 1
+        least = min(rows[name]["times"]) / min(none["times"]) - 1
+        print(f"VAT adds, {queries} rows: time {time:+.1%} (of the fastest steps {least:+.1%}),", end=" ")
+        print(f"memory {memory:+.1%}")
+
+
+def vat(options: argparse.Namespace) -> None:
+    """What VAT adds, and nothing else: a few per cent take many rounds to see."""
+    jobs = {name: (VARIANTS[name], options.shape, 0) for name in ("ours", "ours, text rows", "ours, no VAT")}
+    rows = measure(jobs, options)
+    print(f"{about(options)}\n{options.shape}")
+    for name, row in rows.items():
+        times = f"{row['seconds']:.3f} s/step, {min(row['times']):.3f} to {max(row['times']):.3f}"
+        print(f"  {name:16} {times}, peak {row['peak_gb']:.3f} GB")
+    show_vat(rows)
+    write(options, rows=rows)
 
 
 # ---------------------------------------------------------------- counting
@@ -595,7 +613,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, rounds in ("step", 3), ("scaling", 2), ("floor", 0):
+    for name, rounds in ("step", 3), ("vat", 8), ("scaling", 2), ("floor", 0):
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
         command.add_argument("--batch", type=train.number(int, 1), help="samples (default: the shape's)")
@@ -614,7 +632,8 @@ def main() -> None:
         options.shape_name, options.shape = options.shape, replace(shape, batch=options.batch or shape.batch)
     if "threads" in options:
         torch.set_num_threads(options.threads)
-    {"step": step, "floor": floor, "scaling": scaling, "data": data_rate}[options.command](options)
+    commands = {"step": step, "vat": vat, "floor": floor, "scaling": scaling, "data": data_rate}
+    commands[options.command](options)
 
 
 if __name__ == "__main__":
