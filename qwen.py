@@ -293,7 +293,7 @@ class Qwen(nn.Module):
         rope = rope_angles(
             positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
         )
-        whole, means = {}, [0.0] * len(groups)
+        whole, means = {}, [None] * len(groups)
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             wanted = None if i not in asked else "whole" if look is None else look
@@ -305,8 +305,10 @@ class Qwen(nn.Module):
             if wanted == "whole":
                 whole[i] = attention
             for j, group in enumerate(groups):  # the mean over a group grows as its maps appear
-                if i in group:
-                    means[j] = means[j] + attention / len(group)
+                if i in group and means[j] is None:
+                    means[j] = attention / len(group)
+                elif i in group:  # in place: a new (B,R,P) each time would cost more than the attention
+                    means[j].add_(attention, alpha=1 / len(group))
         return self.model.norm(x), whole if look is None else means
 
     @property

@@ -173,8 +173,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     optim.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the layers: about a minute once, then less time and memory a step; needs a C++ "
-        "compiler",
+        help="torch.compile the layers: a minute or two once, then less memory and perhaps less time; "
+        "needs a C++ compiler",
     )
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
