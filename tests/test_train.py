@@ -497,7 +497,7 @@ def test_readme_speaks_of_what_there_is():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
-    source = (ROOT / "train.py").read_text() + (ROOT / "eval.py").read_text()
+    source = "".join((ROOT / file).read_text() for file in ("train.py", "eval.py", "tests/bench.py"))
     known = set(re.findall(r'"(--[\w-]+)"', source))
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--nproc-per-node", "--help"}
     assert shown and {option.replace("--no-taf", "--taf") for option in shown} <= known, shown - known
