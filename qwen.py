@@ -123,9 +123,13 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     mask True = may see; None = causal, where the last of the T queries sees all S keys.
     """
     T, S = q.shape[2], k.shape[2]
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if mask is None else mask
-    scores = (q @ k.transpose(-2, -1)).div_(q.shape[-1] ** 0.5)
-    return scores.masked_fill_(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if mask is None:  # only the last T keys hide from anyone: query i sees the first i + 1 of them
+        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., S - T :].masked_fill_(hidden, float("-inf"))
+    else:
+        scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -148,26 +152,53 @@ QUERY_ROWS = 128  # whose attention exists at one time in visual_map
 
 @torch.compiler.disable  # compiled, it would be compiled anew for every length
 def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
-    """visual_columns_of(probabilities(q, k, mask), columns)[:, rows] -> (B,R,P), without ever holding A.
+    """visual_columns_of(probabilities(q, k, mask), columns)[:, rows] -> M (B,R,P), without ever holding A.
 
     QUERY_ROWS rows at a time and only the keys they may see, computed again in the backward pass: what stays
     in memory between the two passes is (B,R,P) and nothing with heads.
     """
-    T, S = q.shape[2], k.shape[2]
-    maps = [
-        q.new_zeros(len(q), 0, columns.shape[1], dtype=torch.float32)
-    ]  # R is 0 where no one has a picture
+    return _VisualMap.apply(q, k, mask, rows, columns)
+
+
+def _attention_of_rows(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice):
+    """A of `rows`, a few at a time -> which of T they are, how many keys they may see, A (B,H,rows,seen)."""
     for start in range(rows.start, rows.stop, QUERY_ROWS):
         stop = min(start + QUERY_ROWS, rows.stop)
-        seen = S - T + stop  # no query of this chunk sees a key beyond
+        seen = k.shape[2] - q.shape[2] + stop  # no query of these sees a key beyond
         part = None if mask is None else mask[:, :, start:stop, :seen]
-        chunk = (q[:, :, start:stop], k[:, :, :seen], part, columns, S - seen)
-        maps.append(checkpoint(_map_of_rows, *chunk, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(maps, 1)
+        yield slice(start, stop), seen, probabilities(q[:, :, start:stop], k[:, :, :seen], part)
 
 
-def _map_of_rows(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, unseen: int) -> Tensor:
-    return visual_columns_of(probabilities(q, k, mask), columns, unseen)
+class _VisualMap(torch.autograd.Function):
+    """The gradient in closed form. M is the head mean of A on the visual columns; G = dL/dM there, 0 on the
+    other keys. Through the mean and the softmax of each head: dL/dscores = A (G - sum_S A G) / H.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, mask, rows, columns):
+        ctx.save_for_backward(q, k, mask, columns)
+        ctx.rows = rows
+        maps = q.new_empty(len(q), rows.stop - rows.start, columns.shape[1], dtype=torch.float32)
+        for some, seen, attention in _attention_of_rows(q, k, mask, rows):
+            of_rows = maps[:, some.start - rows.start : some.stop - rows.start]
+            of_rows.copy_(visual_columns_of(attention, columns, k.shape[2] - seen))
+        return maps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dmaps):
+        q, k, mask, columns = ctx.saved_tensors
+        rows, (B, H, _, D), S = ctx.rows, q.shape, k.shape[2]
+        wanted = columns[:, None, :].expand_as(dmaps)
+        G = dmaps.new_zeros(B, dmaps.shape[1], S).scatter_add_(2, wanted, dmaps / H)  # (B,R,S)
+        dq, dk = torch.zeros_like(q), torch.zeros_like(k, dtype=torch.float32)
+        for some, seen, A in _attention_of_rows(q, k, mask, rows):
+            dscores = A * G[:, None, some.start - rows.start : some.stop - rows.start, :seen]
+            dscores.addcmul_(A, dscores.sum(-1, keepdim=True), value=-1)
+            dscores = dscores.to(q.dtype)
+            dq[:, :, some] = (dscores @ k[:, :, :seen]) * D**-0.5
+            dk[:, :, :seen] += dscores.transpose(-2, -1) @ (q[:, :, some] * D**-0.5)
+        return dq, dk.to(k.dtype), None, None, None
 
 
 class Attention(nn.Module):
