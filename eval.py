@@ -30,6 +30,7 @@ import distill
 import model
 from checkpoint import BadInput, sentence
 from qwen import Look
+from tiny.world import COMPOSITION, DESCRIBE, RECOGNITION, caption_question, make_world
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -72,7 +73,7 @@ def first_token(vlm: model.VLM, answer: str) -> int:
 def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
     """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption; ties are wrong."""
     samples = (
-        prompt(vlm, picture, data.caption_question(caption))
+        prompt(vlm, picture, caption_question(caption))
         for picture, *captions in pairs
         for caption in captions
     )
@@ -120,7 +121,7 @@ def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean:
 
 def described(vlm: model.VLM, picture: Path, caption: str) -> dict:
     """A sample for collate: the picture, the request to describe it, and the caption as the answer."""
-    question = {"from": "human", "value": f"{data.IMAGE_MARK}\n{data.DESCRIBE}"}
+    question = {"from": "human", "value": f"{data.IMAGE_MARK}\n{DESCRIBE}"}
     answer = {"from": "gpt", "value": caption}
     ids, labels = data.encode([question, answer], vlm.tokenizer, vlm.num_image_tokens)
     pixels = data.preprocess(picture, vlm.config.vision.image_size)
@@ -155,11 +156,11 @@ def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[fl
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
     """-> two dicts by kind: of [(picture, question, answer)] and of [(picture, true caption, negative)]."""
-    recognition = {kind: [] for kind in data.RECOGNITION}
+    recognition = {kind: [] for kind in RECOGNITION}
     for item in data.read_records(world / "test" / "recognition.json"):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
     composition = {}
-    for kind in data.COMPOSITION:
+    for kind in COMPOSITION:
         items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
         composition[kind] = [
             (world / "images" / i["filename"], i["caption"], i["negative_caption"]) for i in items
@@ -175,8 +176,8 @@ def tiny_scores(
     hits = {kind: exact_answers(vlm, items) for kind, items in recognition.items()}
     hits |= {kind: SCORERS[scorer](vlm, pairs) for kind, pairs in composition.items()}
     scores = {kind: 100 * sum(right) / len(right) for kind, right in hits.items()}
-    scores["recognition"] = float(np.mean([scores[kind] for kind in data.RECOGNITION]))
-    scores["compositional"] = float(np.mean([scores[kind] for kind in data.COMPOSITION]))
+    scores["recognition"] = float(np.mean([scores[kind] for kind in RECOGNITION]))
+    scores["compositional"] = float(np.mean([scores[kind] for kind in COMPOSITION]))
     return scores
 
 
@@ -194,7 +195,7 @@ def attention_similarity(
     _, composition = tiny_items(world, limit)
     pairs = [pair for kind in composition.values() for pair in kind]
     distance = count = 0
-    samples = (prompt(student, picture, data.caption_question(true)) for picture, true, _ in pairs)
+    samples = (prompt(student, picture, caption_question(true)) for picture, true, _ in pairs)
     for batch in batches(samples, student.device):
         queries = distill.query_rows(
             "text", batch["visual_columns"], batch["has_image"], batch["attention_mask"]
@@ -274,14 +275,14 @@ def tiny_cases(world: Path) -> list[tuple[Path, str]]:
     """The questions of the main job's picture: true captions of three kinds, of different pictures."""
     _, composition = tiny_items(world)
     items = [composition["swap_att"][0], composition["replace_obj"][5], composition["swap_obj"][10]]
-    return [(picture, data.caption_question(true)) for picture, true, _ in items]
+    return [(picture, caption_question(true)) for picture, true, _ in items]
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
     """{method: scores} -> a Markdown table: the two averages, every composition kind, similarity to the
     teacher.
     """
-    columns = ["recognition", "compositional", *data.COMPOSITION, "similarity"]
+    columns = ["recognition", "compositional", *COMPOSITION, "similarity"]
     lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns[:-1]]
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.command == "tiny":
             vlm, teacher = load(args.model), load(args.teacher)
-            world = data.make_world(args.world)
+            world = make_world(args.world)
             scores = tiny_scores(vlm, world, args.scorer, args.limit)
             try:
                 scores["similarity"] = attention_similarity(vlm, teacher, world, args.limit or 100)

@@ -11,11 +11,12 @@ import data
 import eval as evaluation
 import model
 import train
+from tiny.world import COMPOSITION, RECOGNITION, make_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return data.make_world(tmp_path_factory.mktemp("tiny") / "world", tune=8, pretrain=8, per_kind=40)
+    return make_world(tmp_path_factory.mktemp("tiny") / "world", tune=8, pretrain=8, per_kind=40)
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +98,8 @@ def test_exact_answers_are_what_the_model_says(teacher, world):
 
 def test_averages_are_unweighted_means_over_the_kinds(teacher, world):
     scores = evaluation.tiny_scores(teacher, world, limit=10)
-    assert scores["recognition"] == pytest.approx(np.mean([scores[kind] for kind in data.RECOGNITION]))
-    assert scores["compositional"] == pytest.approx(np.mean([scores[kind] for kind in data.COMPOSITION]))
+    assert scores["recognition"] == pytest.approx(np.mean([scores[kind] for kind in RECOGNITION]))
+    assert scores["compositional"] == pytest.approx(np.mean([scores[kind] for kind in COMPOSITION]))
 
 
 def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch):

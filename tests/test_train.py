@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import data
 import model
 import train
+from tiny.students import STUDENTS
+from tiny.world import make_world
 
 ROOT = Path(train.__file__).parent
 # So small because the gradient of a key's bias is almost 0 (softmax does not see a shift of all scores) and
@@ -26,7 +28,7 @@ LR = 1e-4
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A small tiny world, shared by the runs of this file."""
-    return data.make_world(tmp_path_factory.mktemp("tiny") / "world", tune=64, pretrain=64, per_kind=4)
+    return make_world(tmp_path_factory.mktemp("tiny") / "world", tune=64, pretrain=64, per_kind=4)
 
 
 def run(*command, ranks=1):
@@ -470,18 +472,18 @@ def test_global_batches_do_not_depend_on_ranks():
 def test_main_job(tmp_path):
     """In small: the distance falls, aligned students look like the teacher, table and picture are there."""
     out = tmp_path / "out"
-    data.make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
+    make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
     code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
     assert code == 0, text
     scores = json.loads((out / "results.json").read_text())
-    assert list(scores) == ["teacher", *train.STUDENTS]
+    assert list(scores) == ["teacher", *STUDENTS]
     assert scores["teacher"]["recognition"] >= 90 and scores["teacher"]["compositional"] >= 85
     for name in ("CompoDistill", "CompoDistill-rows"):
         distance = [row["adl"] for row in read_log(out / name / "stage2.jsonl")]
         assert distance[-1] < 0.75 * distance[0], (name, distance)
         assert scores[name]["similarity"] > scores["KD"]["similarity"] + 0.1
         assert scores[name]["similarity"] > scores["SFT"]["similarity"] + 0.1
-    for name in train.STUDENTS:
+    for name in STUDENTS:
         first, *_, last = read_log(out / name / "stage2.jsonl")
         assert last["lm"] < 0.7 * first["lm"] and last["step"] == 120
     table = (out / "results.md").read_text()

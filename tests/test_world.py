@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-import data
+from tiny.world import COMPOSITION, make_tokenizer, make_world
 
 RGB = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
 SHAPE = r"(circle|square|triangle)"
@@ -19,7 +19,7 @@ THING = rf"(?:(red|green|blue|yellow) )?{SHAPE}"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    return data.make_world(tmp_path_factory.mktemp("tiny") / "world", tune=300, pretrain=60, per_kind=60)
+    return make_world(tmp_path_factory.mktemp("tiny") / "world", tune=300, pretrain=60, per_kind=60)
 
 
 def see(file):
@@ -52,7 +52,7 @@ def is_true(caption, scene):
 
 
 def test_captions_are_true_and_negatives_false(world):
-    for kind in data.COMPOSITION:
+    for kind in COMPOSITION:
         items = json.loads((world / "test" / f"{kind}.json").read_text())
         assert len(items) == 60
         for item in items.values():
@@ -134,13 +134,13 @@ def test_train_and_test_pictures_never_coincide(world):
 
 
 def test_the_world_is_the_same_every_time(world, tmp_path):
-    again = data.make_world(tmp_path / "world", tune=300, pretrain=60, per_kind=60)
+    again = make_world(tmp_path / "world", tune=300, pretrain=60, per_kind=60)
     for file in ("tune.json", "pretrain.json", "test/swap_obj.json", "images/tune-7.png"):
         assert (again / file).read_bytes() == (world / file).read_bytes()
 
 
 def test_every_word_of_the_world_is_one_token():
-    tokenizer = data.make_tokenizer()
+    tokenizer = make_tokenizer()
     text = " True? the yellow triangle is left of the red circle"
     assert [tokenizer.decode([i]) for i in tokenizer.encode(text).ids] == re.findall(r" ?\w+|\?", text)
     assert (
@@ -156,7 +156,7 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tiny.make.pretrain_vision, "__defaults__", (2,))
     monkeypatch.setattr(tiny.make.pretrain_text, "__defaults__", (2,))
-    data.make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
+    make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
     train.main(["--make-tiny", "--out", str(tmp_path), "--steps", "2"])
     for name in ("vision", "teacher-lm", "student", "teacher"):
         made, ships = (load_file(root / name / "model.safetensors") for root in (tmp_path, train.TINY))

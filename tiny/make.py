@@ -22,6 +22,7 @@ import data
 from checkpoint import write_folder
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
+from tiny import world
 from train import learning_rate, train_stage
 
 VISION = SiglipConfig(
@@ -41,7 +42,7 @@ SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so t
 def make_tiny(args: argparse.Namespace) -> None:
     """Write vision, teacher-lm, student and teacher into args.out."""
     torch.manual_seed(args.seed)
-    tokenizer = data.make_tokenizer()
+    tokenizer = world.make_tokenizer()
     files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
 
     vision = Siglip(VISION)
@@ -81,19 +82,19 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
     row.
     """
     spread(vision)
-    rng, kinds = random.Random(seed), [(colour, shape) for colour in data.COLOURS for shape in data.SHAPES]
-    none, side = len(kinds), data.GRID
+    rng, kinds = random.Random(seed), [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
+    none, side = len(kinds), world.GRID
     head = nn.Linear(VISION.hidden_size, none + 1 + 2 * side)
     parameters = [*vision.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
     patches = torch.arange(side * side)
     for step in tqdm(range(steps), desc="vision", dynamic_ncols=True):
-        scenes = [data.random_scene(rng, "train") for _ in range(64)]
+        scenes = [world.random_scene(rng, "train") for _ in range(64)]
         target = torch.full((len(scenes), side * side), none)
         for row, scene in zip(target, scenes):
             for kind, (column, line) in scene.items():
                 row[line * side + column] = kinds.index(kind)
-        pixels = torch.stack([data.preprocess(data.draw(scene), VISION.image_size) for scene in scenes])
+        pixels = torch.stack([data.preprocess(world.draw(scene), VISION.image_size) for scene in scenes])
         content, column, line = head(vision(pixels)).split([none + 1, side, side], -1)  # (64,P,...)
         where = [
             F.cross_entropy(logits.transpose(1, 2), (index % side).expand(len(scenes), -1))
@@ -118,7 +119,7 @@ def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -
     optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
     rng = random.Random(seed + 1)
     for step in tqdm(range(steps), desc=name, dynamic_ncols=True):
-        samples = [data.text_sample(rng, tokenizer) for _ in range(32)]
+        samples = [world.text_sample(rng, tokenizer) for _ in range(32)]
         batch = data.collate(samples)
         logits = lm(batch["input_ids"], batch["attention_mask"]).logits[:, :-1]
         loss = F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], ignore_index=data.IGNORE)

@@ -1,0 +1,97 @@
+"""`python train.py`: four students of the tiny world, trained beside one another, a table and a picture."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import eval as evaluation
+import model
+import train
+from checkpoint import BadInput, sentence
+from tiny.world import make_world
+
+# Four students: the same stages, steps, batches and data order; only these flags differ.
+STUDENTS = {
+    "SFT": "--method sft",
+    "KD": "--method kd",
+    "CompoDistill": "--method compodistill",
+    "CompoDistill-rows": "--method compodistill --vat-queries text --vat-rows --vat-weight 3",
+}
+
+
+def train_students(args: argparse.Namespace) -> None:
+    """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
+    for name in STUDENTS:
+        if (args.out / name).exists():
+            raise BadInput(f"{args.out / name} exists already; remove it, or choose another --out")
+    started = time.time()
+    print(f"tiny world: {make_world(args.out / 'world')}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
+    spawn = torch.multiprocessing.get_context("spawn")
+    common = ["--stage", "1", "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
+    share = (args.steps or train.STAGES["2"]["steps"]) / train.STAGES["2"]["steps"]
+    steps = {stage: max(1, round(share * train.STAGES[stage]["steps"])) for stage in "123"}
+    waiting = {}
+    for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
+        print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")
+        argv = [*common, "--name", name, *flags.split()]
+        waiting[name] = spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True)
+    running, total = [], len(STUDENTS) * sum(steps.values())
+    with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(waiting.pop(next(iter(waiting))))
+                running[-1].start()
+            time.sleep(0.5)
+            bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
+            if any(process.exitcode for process in running):
+                for process in running:
+                    process.terminate()
+                raise BadInput("a student stopped, see the sentence above; what others had finished is kept")
+            running = [process for process in running if process.exitcode is None]
+
+    teacher = model.load(args.teacher)
+    rows = {"teacher": evaluation.tiny_scores(teacher, args.out / "world")}
+    for name in STUDENTS:
+        rows[name] = json.loads((args.out / name / "scores.json").read_text())
+    text = evaluation.table(rows)
+    (args.out / "results.md").write_text(text + "\n")
+    (args.out / "results.json").write_text(json.dumps(rows, indent=1))
+    models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
+    evaluation.attention_picture(
+        models, evaluation.tiny_cases(args.out / "world"), args.out / "attention.png"
+    )
+    minutes = (time.time() - started) / 60
+    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
+
+
+def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
+    """One student: stages 1, 2 and 3, then its scores."""
+    torch.set_num_threads(threads)
+    args = train.parse_args(argv)
+    args.quiet = True
+    try:
+        for stage, args.steps in steps.items():
+            folder = train.train_stage(stage, args)
+        student, teacher = model.load(folder), model.load(args.teacher)
+        scores = evaluation.tiny_scores(student, args.out / "world")
+        scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
+        (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
+    except KeyboardInterrupt:
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{args.name}: {sentence(error)}")
+
+
+def last_step(folder: Path) -> int:
+    """How many steps a student has done, from the whole lines of its logs."""
+    logs = [log.read_text() for log in folder.glob("stage*.jsonl")]
+    lines = [log[: log.rfind("\n") + 1].splitlines() for log in logs]
+    return sum(json.loads(rows[-1])["step"] for rows in lines if rows)

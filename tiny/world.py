@@ -1,0 +1,287 @@
+"""The tiny world: small pictures of coloured shapes, and questions about them, that a laptop can learn from.
+
+Scenes are drawn at run time and written as real data comes: PNG files, LLaVA JSON, test captions in
+SugarCrepe's form. Everything then goes through data.py, like the 665k records of the real run.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import zlib
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from checkpoint import BadInput
+from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces
+
+COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
+SHAPES = ("circle", "square", "triangle")
+GRID, CELL = 4, 10  # a picture is 4 x 4 cells of 10 x 10 pixels: one patch of the vision encoder each
+RELATIONS = {
+    "left of": lambda a, b: a[0] < b[0],
+    "right of": lambda a, b: a[0] > b[0],
+    "above": lambda a, b: a[1] < b[1],
+    "below": lambda a, b: a[1] > b[1],
+}  # of cells (column, row), row 0 on top
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RECOGNITION = ("colour", "shape", "exists", "where")
+COMPOSITION = ("swap_obj", "swap_att", "replace_obj", "replace_rel", "replace_att", "add_obj", "add_att")
+
+Kind = tuple[str, str]  # (colour, shape)
+Scene = dict[Kind, tuple[int, int]]  # each thing in the picture -> its cell (column, row)
+
+
+def random_scene(rng: random.Random, split: str) -> Scene:
+    """Two or three different objects in different cells. Every scene belongs to exactly one split, by a
+    checksum of what is where, and a picture is a function of its scene: train and test pictures can never
+    coincide.
+    """
+    while True:
+        kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice((2, 3)))
+        cells = rng.sample([(column, row) for column in range(GRID) for row in range(GRID)], len(kinds))
+        scene = dict(zip(kinds, cells))
+        if (split == "test") == (zlib.crc32(repr(sorted(scene.items())).encode()) % 8 == 0):
+            return scene
+
+
+def draw(scene: Scene) -> Image.Image:
+    """The picture of a scene, 40 x 40 pixels."""
+    image = Image.new("RGB", (GRID * CELL, GRID * CELL), (235, 235, 235))
+    pen = ImageDraw.Draw(image)
+    for (colour, shape), (column, row) in scene.items():
+        x, y = column * CELL, row * CELL
+        box = (x + 1, y + 1, x + CELL - 2, y + CELL - 2)
+        if shape == "circle":
+            pen.ellipse(box, fill=COLOURS[colour])
+        elif shape == "square":
+            pen.rectangle(box, fill=COLOURS[colour])
+        else:
+            pen.polygon(
+                [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLOURS[colour]
+            )
+    return image
+
+
+def cell_name(cell: tuple[int, int]) -> str:
+    """As on a chess board, but counted from the top: column a to d, row 1 to 4."""
+    return "abcd"[cell[0]] + str(cell[1] + 1)
+
+
+def recognition_question(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """(question, answer) with one right answer, or None where this scene admits none."""
+    colour, shape = rng.choice(list(scene))
+    if kind == "colour":
+        unique = [s for s in SHAPES if sum(s == other for _, other in scene) == 1]
+        if not unique:
+            return None
+        shape = rng.choice(unique)
+        return f"What colour is the {shape}?", next(c for c, s in scene if s == shape)
+    if kind == "shape":
+        unique = [c for c in COLOURS if sum(c == other for other, _ in scene) == 1]
+        if not unique:
+            return None
+        colour = rng.choice(unique)
+        return f"What shape is the {colour} one?", next(s for c, s in scene if c == colour)
+    if kind == "exists":
+        if rng.random() < 0.5:
+            colour, shape = _absent(scene, rng)
+        return f"Is there a {colour} {shape}?", "yes" if (colour, shape) in scene else "no"
+    if kind == "at":
+        return f"What is at {cell_name(scene[colour, shape])}?", f"{colour} {shape}"
+    if kind == "where":
+        return f"Where is the {colour} {shape}?", cell_name(scene[colour, shape])
+    if kind in ("column", "row"):  # of two objects, where one right answer exists
+        first, second = ("left", "right") if kind == "column" else ("above", "below")
+        a, b = rng.sample(list(scene), 2)
+        difference = scene[a][kind == "row"] - scene[b][kind == "row"]
+        of = " of" if kind == "column" else ""
+        question = f"Is the {' '.join(a)} {first} or {second}{of} the {' '.join(b)}?"
+        return (question, first if difference < 0 else second) if difference else None
+    raise ValueError(kind)
+
+
+def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """(true caption, its hard negative) of one of SugarCrepe's seven kinds, or None: this scene admits none.
+
+    What is added in the add_ kinds makes the caption longer; in half of their pairs it is true and the
+    shorter caption is false, so that nobody can judge by length.
+    """
+    longer_is_true = rng.random() < 0.5
+    a, b = rng.sample(list(scene), 2)
+    true_relations = [name for name, holds in RELATIONS.items() if holds(scene[a], scene[b])]
+    relation = rng.choice(true_relations)
+    absent = _absent(scene, rng)
+
+    def related(a: Kind, b: Kind, relation: str) -> str:
+        return f"the {' '.join(a)} is {relation} the {' '.join(b)}"
+
+    def listed(*kinds: Kind | tuple[str]) -> str:
+        return "there is a " + " and a ".join(" ".join(kind) for kind in kinds)
+
+    if kind == "swap_obj":
+        return related(a, b, relation), related(b, a, relation)
+    if kind == "replace_rel":
+        return related(a, b, relation), related(a, b, OPPOSITE[relation])
+    if kind == "swap_att":
+        swapped = (b[0], a[1]), (a[0], b[1])
+        if swapped[0] in scene or swapped[1] in scene:  # also where both have the same colour or shape
+            return None
+        return listed(a, b), listed(*swapped)
+    if kind in ("replace_obj", "replace_att"):
+        same = int(kind == "replace_att")  # what the wrong object has in common with a: colour (0) or shape
+        wrong = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in scene and (c, s)[same] == a[same]]
+        return (related(a, b, relation), related(rng.choice(wrong), b, relation)) if wrong else None
+    if kind == "add_obj":
+        return (listed(a, b), listed(absent)) if longer_is_true else (listed(a), listed(a, absent))
+    if kind == "add_att":
+        if a[1] == b[1]:
+            return None
+        wrong = rng.choice([c for c in COLOURS if (c, a[1]) not in scene]), a[1]
+        if longer_is_true:
+            return listed(a, b), listed(a[1:], absent)
+        return listed(a[1:], b), listed(wrong, b)
+    raise ValueError(kind)
+
+
+def caption_question(caption: str) -> str:
+    return f"True? {caption}"
+
+
+def _absent(scene: Scene, rng: random.Random) -> Kind:
+    return rng.choice([(c, s) for c in COLOURS for s in SHAPES if (c, s) not in scene])
+
+
+def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> dict:
+    """A LLaVA record about one picture: turns of recognition, relations, captions that are true or false."""
+    conversations = []
+    while len(conversations) < 2 * turns:
+        kind = rng.choices(list(MIX), MIX.values())[0]
+        if kind == "caption":
+            pair = caption_pair(rng.choice(COMPOSITION), scene, rng)
+            wrong = rng.random() < 0.5
+            turn = pair and (caption_question(pair[wrong]), "no" if wrong else "yes")
+        else:
+            turn = recognition_question(kind, scene, rng)
+        if turn:
+            mark = "" if conversations else IMAGE_MARK + "\n"
+            conversations += [{"from": "human", "value": mark + turn[0]}, {"from": "gpt", "value": turn[1]}]
+    return {"id": name, "image": f"{name}.png", "conversations": conversations}
+
+
+# How often each question is asked in training. Much of "where" and relations lets space be learned soon.
+MIX = {"where": 4, "at": 1, "colour": 1, "shape": 1, "exists": 1, "column": 3, "row": 3, "caption": 6}
+DESCRIBE = "Describe the picture."
+
+
+def describe(scene: Scene) -> str:
+    return " and ".join(f"a {' '.join(kind)} at {cell_name(cell)}" for kind, cell in scene.items())
+
+
+def make_world(
+    folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 2000, per_kind: int = 640
+) -> Path:
+    """Write the tiny world, unless it is there: pretrain.json (captions) and tune.json (conversations) in
+    LLaVA's form, test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder
+    """
+    if (folder / "world.json").exists():
+        return folder
+    if folder.exists():
+        raise BadInput(f"{folder} exists and is not a tiny world; remove it or choose another --out")
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    try:
+        (temporary / "images").mkdir(parents=True)
+        (temporary / "test").mkdir()
+        _write_world(temporary, seed, tune, pretrain, per_kind)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: int) -> None:
+    rng = random.Random(seed)
+
+    def write(name: str, content: list | dict) -> None:
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+    def picture(name: str, split: str) -> Scene:
+        scene = random_scene(rng, split)
+        draw(scene).save(folder / "images" / f"{name}.png")
+        return scene
+
+    captions = []
+    for i in range(pretrain):
+        caption = describe(picture(f"pretrain-{i}", "train"))
+        turns = [{"from": "human", "value": f"{IMAGE_MARK}\n{DESCRIBE}"}, {"from": "gpt", "value": caption}]
+        captions.append({"id": f"pretrain-{i}", "image": f"pretrain-{i}.png", "conversations": turns})
+    write("pretrain.json", captions)
+    write(
+        "tune.json",
+        [training_record(f"tune-{i}", picture(f"tune-{i}", "train"), rng, turns=6) for i in range(tune)],
+    )
+
+    recognition = {kind: [] for kind in RECOGNITION}
+    composition: dict[str, dict] = {kind: {} for kind in COMPOSITION}
+    number = 0
+    while any(len(items) < per_kind for items in composition.values()):
+        name, number = f"test-{number}", number + 1
+        scene = picture(name, "test")
+        for kind, items in recognition.items():
+            if len(items) < per_kind and (turn := recognition_question(kind, scene, rng)):
+                items.append({"image": f"{name}.png", "kind": kind, "question": turn[0], "answer": turn[1]})
+        for kind, items in composition.items():
+            if len(items) < per_kind and (pair := caption_pair(kind, scene, rng)):
+                true, negative = pair
+                items[str(len(items))] = {
+                    "filename": f"{name}.png",
+                    "caption": true,
+                    "negative_caption": negative,
+                }
+    write("test/recognition.json", [item for items in recognition.values() for item in items])
+    for kind, items in composition.items():
+        write(f"test/{kind}.json", items)
+    write("world.json", {"seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind})
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE of Qwen's class, trained on the tiny world's text: a token a word, else bytes."""
+    units = rf"{re.escape(SYSTEM.strip())}| ?USER:| ?ASSISTANT:"  # said in every conversation: one token each
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(f"{units}|{words}"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[END_OF_TEXT],
+        show_progress=False,
+    )
+    rng = random.Random(0)
+    spans = (pieces(text_conversation(rng), "chat") for _ in range(3000))
+    texts = ("".join(text for text, _ in conversation if text is not END_OF_TEXT) for conversation in spans)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def text_conversation(rng: random.Random) -> list[dict]:
+    """The tiny world's language without its pictures: a conversation about a picture that nobody shows."""
+    scene = random_scene(rng, "train")
+    if rng.random() < 0.25:
+        return [{"from": "human", "value": DESCRIBE}, {"from": "gpt", "value": describe(scene)}]
+    turns = training_record("", scene, rng, turns=6)["conversations"]
+    return [{**turns[0], "value": turns[0]["value"].removeprefix(f"{IMAGE_MARK}\n")}, *turns[1:]]
+
+
+def text_sample(rng: random.Random, tokenizer: Tokenizer) -> dict:
+    """Such a conversation for the pre-training of a language model: every token is supervised."""
+    ids, _ = encode(text_conversation(rng), tokenizer, 0)
+    return {"input_ids": ids, "labels": ids}
