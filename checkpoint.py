@@ -119,12 +119,13 @@ def load_weights(
     module: nn.Module,
     folder: Path,
     rename: Callable[[str], str | None],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: torch.device | str,
 ) -> None:
     """Strictly fill `module` (built on the meta device) from the safetensors files of `folder`.
 
-    rename(name in the file) -> name in the module, or None for what is dropped on purpose.
+    rename(name in the file) -> name in the module, or None for what is dropped on purpose. dtype None = as in
+    the file.
     A missing, unexpected or wrongly shaped tensor raises BadInput naming file and tensor.
     """
     wanted = {name: tensor.shape for name, tensor in module.state_dict().items()}

@@ -3,19 +3,24 @@
     conversation + picture -> encode, preprocess -> sample {"input_ids", "labels", "pixel_values"} -> collate
     -> batch
 
-Inside: prompt template, labels, pictures, batches, LLaVA JSON. The tiny world, which makes such data for a
-laptop, is in tiny/world.py.
+Inside: prompt template, labels, pictures, batches, LLaVA files that stay on disk, the order of samples. The
+tiny world, which makes such data for a laptop, is in tiny/world.py.
 
 Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens of a picture, S side in pixels.
 """
 
+import codecs
 import json
-from collections.abc import Iterable
+import os
+import re
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -31,7 +36,6 @@ SYSTEM = (
 )
 
 
-
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer.json of a checkpoint folder."""
     file = Path(folder) / "tokenizer.json"
@@ -45,11 +49,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise BadInput(
             f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer"
         )
+    tokenizer.no_truncation()  # a file may have been saved with either, which is no property of the model
+    tokenizer.no_padding()
     return tokenizer
 
 
 def encode(
-    conversations: list[dict], tokenizer: Tokenizer, num_image_tokens: int, template: str = "chat"
+    conversations: list[dict],
+    tokenizer: Tokenizer,
+    num_image_tokens: int,
+    template: str = "chat",
+    max_length: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """A LLaVA conversation -> ids, labels (equally long lists; labels are -100 where nothing is supervised).
 
@@ -58,9 +68,22 @@ def encode(
 
     Supervised are " {answer}" and <|endoftext|>, with pretrain all after the picture. [picture] is
     num_image_tokens placeholders at the front of the turn in which <image> stood; marks in answers are plain
-    text.
+    text. What is longer than max_length is cut as `cut` does it. BadInput: turns that are no such
+    conversation.
     """
-    return _encode_pieces(pieces(conversations, template), tokenizer, num_image_tokens)
+    ids, labels = _encode_pieces(pieces(conversations, template), tokenizer, num_image_tokens)
+    return (ids, labels) if max_length is None else cut(ids, labels, num_image_tokens, max_length)
+
+
+def cut(
+    ids: list[int], labels: list[int], num_image_tokens: int, max_length: int
+) -> tuple[list[int], list[int]]:
+    """At most max_length of ids and labels: the end goes. A picture is never cut in two: where it would be,
+    all of it goes, too.
+    """
+    first = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else len(ids)
+    end = first if first < max_length < first + num_image_tokens else max_length
+    return ids[:end], labels[:end]
 
 
 def _encode_pieces(spans: Iterable[tuple[str, bool]], tokenizer: Tokenizer, num_image_tokens: int):
@@ -112,21 +135,40 @@ def pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool
         before = ""
 
 
-PILLOW_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What photographs and drawings come in. Of the rest that Pillow knows some run other programs (EPS).
+PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
-def open_picture(file: str | Path) -> Image.Image:
-    """An RGB picture from a file."""
+def open_picture(picture: Image.Image | str | Path) -> Image.Image:
+    """A picture, from its file or opened already, as RGB: turned upright as EXIF says, the first frame of
+    several, over white where it is transparent, 16-bit grey as its upper 8 bits.
+
+    BadInput: no picture, a damaged one, or one of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels,
+    which Pillow refuses before it decodes any.
+    """
     try:
-        with Image.open(file) as image:
-            return image.convert("RGB")
-    except PILLOW_ERRORS as error:
-        raise BadInput(f"{file} cannot be read as a picture ({error}); replace it or leave it out") from None
+        if isinstance(picture, Image.Image):
+            return to_rgb(picture)
+        with Image.open(picture, formats=PICTURE_FORMATS) as image:
+            return to_rgb(image)
+    except Exception as error:  # what decoders raise of damaged files has a dozen types
+        name = getattr(picture, "filename", None) or picture
+        raise BadInput(f"{name} cannot be read as a picture ({error}); replace it or leave it out") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit grey: convert would make white of all above 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
     """A picture -> (3,S,S) in [-1, 1]: RGB, resized to a square without keeping the aspect ratio, bicubic."""
-    image = image.convert("RGB") if isinstance(image, Image.Image) else open_picture(image)
+    image = open_picture(image)
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1  # (S,S,3) bytes -> (3,S,S)
@@ -136,7 +178,8 @@ def collate(samples: list[dict]) -> dict:
     """Samples {"input_ids", "labels", "pixel_values" (3,S,S) or absent} -> batch, padded on the right.
 
     input_ids, labels (B,T), attention_mask (B,T) bool, pixel_values (N,3,S,S) or None, has_image (B,) bool,
-    visual_columns (B,P): where in its row each visual token of a sample stands (0 where it has no picture).
+    visual_columns (B,P): where in its row each visual token of a sample stands (0 where it has no picture);
+    ids: the samples' "id" (None where there is none), replaced: the sentences of all samples, in one list.
     """
     B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
     input_ids, labels = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), IGNORE)
@@ -168,6 +211,8 @@ def collate(samples: list[dict]) -> dict:
         "pixel_values": torch.stack(pictures) if pictures else None,
         "has_image": has_image,
         "visual_columns": visual_columns,
+        "ids": [sample.get("id") for sample in samples],
+        "replaced": [sentence for sample in samples for sentence in sample.get("replaced", [])],
     }
 
 
@@ -178,46 +223,225 @@ def to_device(batch: dict, device: torch.device | str) -> dict:
     }
 
 
+# ---------------------------------------------------------------- records on disk
+
+BLOCK = 16 << 20  # bytes of a file that are looked at together
+LONGEST_RECORD = 64 << 20  # bytes; without a limit a broken file would be read into memory whole
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+class Records:
+    """The records (dicts) of LLaVA files, each a JSON list or JSON lines: len(records), records[i].
+
+    They stay on disk, because 665k of them are a gigabyte of text and several of objects, in every rank and
+    worker. One pass finds where each begins; one record at a time is then read and parsed. In memory are four
+    numpy arrays, over all records: offset and size in bytes, characters of all turns (an estimate: a letter
+    outside ASCII may count as the bytes of its UTF-8), has_image.
+
+    BadInput: a file that is missing, no JSON, cut short or without records, or a record that is no object;
+    later a file that is no longer what it was. No file stays open: safe to fork and to pickle.
+    """
+
+    def __init__(self, files: Iterable[str | Path]):
+        self.files = [Path(file) for file in files]
+        if not self.files:
+            raise BadInput("no file of records is named; give a LLaVA JSON with --data")
+        self.stamps, self.ends = [], []  # of each file: size and time of its content, number after its last
+        offset, size, characters, has_image = array("q"), array("i"), array("i"), array("b")
+        for file in self.files:
+            try:
+                self.stamps.append(stamp(os.stat(file)))
+                for start, length, record in scan(file):
+                    offset.append(start)
+                    size.append(length)
+                    characters.append(count_characters(record))
+                    has_image.append(bool(record.get("image")))
+            except OSError as error:
+                raise BadInput(
+                    f"{file} cannot be read ({error.strerror}); give a LLaVA JSON with --data"
+                ) from None
+            self.ends.append(len(offset))
+        self.offset, self.size = np.array(offset), np.array(size)
+        self.characters, self.has_image = np.array(characters), np.array(has_image, dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def file_of(self, i: int) -> Path:
+        return self.files[bisect_right(self.ends, i)]
+
+    def __getitem__(self, i: int) -> dict:
+        i = range(len(self))[i]  # IndexError beyond the last
+        file, seen = self.file_of(i), self.stamps[bisect_right(self.ends, i)]
+        try:
+            with open(file, "rb", buffering=0) as handle:  # opened anew: no state that workers could share
+                if stamp(os.fstat(handle.fileno())) != seen:
+                    raise ValueError("another size or time")
+                content = os.pread(handle.fileno(), int(self.size[i]), int(self.offset[i]))
+            return json.loads(content.decode("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise BadInput(
+                f"{file} has changed since the start of the run ({error}); leave data alone and start again"
+            ) from None
+
+
+def stamp(state: os.stat_result) -> tuple[int, int]:
+    return state.st_size, state.st_mtime_ns
+
+
+def count_characters(record: dict) -> int:
+    turns = record.get("conversations")
+    turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    values = [turn.get("value") for turn in turns]
+    return sum(len(value) for value in values if isinstance(value, str))
+
+
+def scan(file: Path) -> Iterator[tuple[int, int, dict]]:
+    """Offset and size in bytes, and content, of every record of a JSON list ('[' first) or of JSON lines.
+
+    The file passes through a window of BLOCK bytes and the record that it cuts. Bytes are decoded as latin-1,
+    one character each, so that places in the text are places in the file; hence in the content letters
+    outside ASCII are garbled. Raises BadInput with file and byte.
+    """
+    decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
+    text, begin, at = "", 0, 0  # the window, the byte at which it begins, how far in it we are
+
+    def broken(reason: str, byte: int) -> BadInput:
+        return BadInput(
+            f"{file}, byte {byte}: {reason}; a JSON list of objects or JSON lines is asked for, so mend the "
+            "file or fetch it again"
+        )
+
+    with open(file, "rb") as handle:
+
+        def more() -> bool:
+            """Move the window on; what lies before `at` is dropped. False at the end of the file."""
+            nonlocal text, begin, at
+            block = handle.read(BLOCK)
+            text, begin, at = text[at:] + block.decode("latin-1"), begin + at, 0
+            try:
+                utf8.decode(block)
+            except UnicodeDecodeError as error:
+                byte = begin + len(text) - len(error.object) + error.start
+                raise broken(f"not UTF-8 ({error.reason})", byte) from None
+            return bool(block)
+
+        def peek() -> str:
+            """The next character that is no white space, "" at the end of the file."""
+            nonlocal at
+            while True:
+                at = SPACE.match(text, at).end()
+                if at < len(text) or not more():
+                    return text[at : at + 1]
+
+        begin = handle.seek(len(codecs.BOM_UTF8) if handle.read(3) == codecs.BOM_UTF8 else 0)
+        comma, end = (",", "]") if peek() == "[" else ("", "")
+        at += len(end)
+        while True:
+            if peek() != "{":
+                found = repr(text[at : at + 20]) if text else "the end of the file"
+                raise broken(f"not an object but {found}", begin + at)
+            while True:
+                try:
+                    record, stop = decoder.raw_decode(text, at)
+                    break
+                except (ValueError, RecursionError) as error:  # broken, or cut by the end of the window
+                    byte = begin + getattr(error, "pos", at)
+                    if len(text) - at > LONGEST_RECORD or not more():
+                        raise broken(getattr(error, "msg", str(error)), byte) from None
+            yield begin + at, stop - at, record
+            at = stop
+            follows = peek()
+            if follows == end:
+                break
+            if comma and follows != comma:
+                raise broken("neither a comma nor the end of the list after a record", begin + at)
+            at += len(comma)
+        at += len(end)
+        if peek():
+            raise broken("something follows the end of the list", begin + at)
+
+
+def read_records(file: str | Path) -> list[dict]:
+    """All records of one small file."""
+    return list(Records([file]))
+
+
 class LlavaDataset(torch.utils.data.Dataset):
-    """LLaVA JSON, a list of {"id", "image" or none, "conversations"} -> samples for collate."""
+    """LLaVA files, records {"id", "image" or none, "conversations"} -> samples for collate.
+
+    files: one or several, images: the folder that picture paths start from. template and max_length are
+    encode's; a sample whose picture is cut off has no "pixel_values".
+
+    A record that cannot be used (turns, picture, <image> without a picture or the other way round) is
+    BadInput with its file, id and reason. With skip_bad the next good one stands in for it: the same for
+    every order, rank and worker. Either way "replaced" of a sample lists what was passed over, in sentences.
+    """
 
     def __init__(
-        self, file, images, tokenizer, num_image_tokens: int, image_size: int, template: str = "chat"
+        self,
+        files: str | Path | Iterable[str | Path],
+        images: str | Path,
+        tokenizer: Tokenizer,
+        num_image_tokens: int,
+        image_size: int,
+        template: str = "chat",
+        max_length: int | None = None,
+        skip_bad: bool = False,
     ):
-        self.file, self.images = Path(file), Path(images)
-        self.tokenizer, self.num_image_tokens, self.image_size = tokenizer, num_image_tokens, image_size
-        self.template = template
-        self.records = read_records(self.file)
+        self.images, self.tokenizer, self.template = Path(images), tokenizer, template
+        self.num_image_tokens, self.image_size = num_image_tokens, image_size
+        self.max_length, self.skip_bad = max_length, skip_bad
         if not self.images.is_dir():
             raise BadInput(f"{self.images}: no such folder of pictures; give it with --images")
+        picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
+        ids, _ = encode(picture, tokenizer, num_image_tokens, template)
+        least = ids.index(IMAGE_TOKEN) + num_image_tokens + 1
+        if max_length is not None and max_length < least:
+            raise BadInput(
+                f"a limit of {max_length} tokens a sample has no room for prompt, picture and text; "
+                f"{least} is the least, and useful are many more"
+            )
+        self.records = Records([files] if isinstance(files, (str, Path)) else files)
 
     def __len__(self) -> int:
         return len(self.records)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """(len,) int: about how many tokens each sample has, to group like with like."""
+        tokens = self.records.characters // 4 + self.num_image_tokens * self.records.has_image
+        return tokens if self.max_length is None else np.minimum(tokens, self.max_length)
+
     def __getitem__(self, index: int) -> dict:
-        record, name = self.records[index], index
-        try:
-            name, turns = record.get("id", index), record.get("conversations")
-            ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
-            sample = {"id": name, "input_ids": ids, "labels": labels}
-            if record.get("image"):
-                sample["pixel_values"] = preprocess(inside(self.images, record["image"]), self.image_size)
-        except (BadInput, TypeError, AttributeError) as error:  # a record or an image of the wrong type
-            raise BadInput(f"{self.file}, record {name}: {error}; mend or remove it") from None
+        index, replaced = range(len(self))[index], []
+        for place in range(index, index + min(len(self), MOST_REPLACED)):
+            place %= len(self)
+            record = self.records[place]  # a file that changed is no bad record: it stops the run
+            name = record.get("id", place)
+            try:
+                return {"id": name, **self.sample(record), "replaced": replaced}
+            except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
+                reason = f"{self.records.file_of(place)}, record {name!r}: {error}; mend or remove it"
+                if not self.skip_bad:
+                    raise BadInput(reason) from None
+                replaced.append(reason)
+        raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
+
+    def sample(self, record: dict) -> dict:
+        turns, image = record.get("conversations"), record.get("image")
+        ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
+        if (IMAGE_TOKEN in ids) != bool(image):
+            raise BadInput(f"{IMAGE_MARK} in its text and a picture go together")
+        if self.max_length is not None:
+            ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
+        sample = {"input_ids": ids, "labels": labels}
+        if IMAGE_TOKEN in ids:
+            sample["pixel_values"] = preprocess(inside(self.images, image), self.image_size)
         return sample
 
 
-def read_records(file: Path) -> list[dict]:
-    """A JSON file that holds a non-empty list."""
-    try:
-        records = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read ({error.strerror}); give a LLaVA JSON with --data") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not valid JSON ({error})") from None
-    if not isinstance(records, list) or not records or not isinstance(records[0], dict):
-        raise BadInput(f"{file} is not a list of records, or an empty one")
-    return records
+MOST_REPLACED = 1000  # in a row; so many bad records are a wrong folder
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -226,3 +450,58 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_relative_to(folder.resolve()):
         raise BadInput(f"picture path {name!r} leads out of {folder}")
     return path
+
+
+# ---------------------------------------------------------------- the order of samples
+
+BLOCK_OF_BATCHES = 64  # global batches that are sorted by length together
+
+
+def batches_of(
+    num_samples: int,
+    steps: int,
+    accumulation: int,
+    size: int,
+    rank: int,
+    ranks: int,
+    seed: int,
+    start: int = 0,
+    lengths: np.ndarray | None = None,
+) -> Iterator[list[int]]:
+    """The sample indices of each of this rank's micro-batches, from optimizer step `start` up to `steps`.
+
+    A global batch is the same samples whatever the number of ranks and micro-batches is; every epoch is a new
+    permutation. With lengths (num_samples,), the samples of a global batch have like lengths and stand in
+    their order, so that a micro-batch is padded little.
+    """
+    epoch, order = -1, None
+    for micro in range(start * accumulation, steps * accumulation):
+        first = (micro * ranks + rank) * size
+        indices = []
+        for position in range(first, first + size):
+            if position // num_samples != epoch:
+                epoch = position // num_samples
+                order = epoch_order(num_samples, epoch, seed, accumulation * size * ranks, lengths)
+            indices.append(int(order[position % num_samples]))
+        yield indices
+
+
+def epoch_order(
+    num_samples: int, epoch: int, seed: int, global_batch: int, lengths: np.ndarray | None
+) -> np.ndarray:
+    """A permutation. With lengths its global batches, 64 at a time, are sorted by length, then shuffled."""
+    generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+    order = torch.randperm(num_samples, generator=generator).numpy()
+    if lengths is None:
+        return order
+    # Epochs follow each other without a gap: the first samples may complete a global batch of the epoch
+    # before, and the last begin one of the next. Between them lie whole global batches.
+    head = -epoch * num_samples % global_batch
+    number = max(num_samples - head, 0) // global_batch
+    whole = order[head : head + number * global_batch]
+    for at in range(0, len(whole), BLOCK_OF_BATCHES * global_batch):
+        block = whole[at : at + BLOCK_OF_BATCHES * global_batch]  # a view: writing to it writes into order
+        block[:] = block[np.argsort(lengths[block], kind="stable")]
+    shuffled = torch.randperm(number, generator=generator).numpy()
+    whole[:] = whole.reshape(number, global_batch)[shuffled].ravel()
+    return order

@@ -11,9 +11,8 @@
 These are the definitions, on whole matrices. Training runs the same without whole matrices: kl_loss and
 lm_loss in answer_losses, group_mean in qwen.Look; tests equate them. Losses are sums, beside their count: add
 both over micro-batches and ranks and divide once, because a mean of means is a different gradient when the
-number of answer tokens varies. Losses are computed in float32, and the
-teacher's side is detached. Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C
-width, V vocabulary.
+number of answer tokens varies. Losses are computed in float32, and the teacher's side is detached. Shapes: B
+batch, T tokens, P visual tokens, k matched layers, m teacher layers, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -47,6 +46,7 @@ class TeacherAdapterFetch(nn.Module):
 
     def fetch(self, teacher_tokens: Tensor) -> Tensor:
         """P_s alone, for when P_t(z) has been computed for the teacher already."""
+        teacher_tokens = teacher_tokens.to(self.student.weight.dtype)  # P_t may be kept in bfloat16
         return self.student(F.gelu(teacher_tokens) if self.gelu else teacher_tokens)
 
 
@@ -300,27 +300,31 @@ class _AnswerLosses(torch.autograd.Function):
     """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
 
     With g = dL/ds, dL/dx = gW and dL/dW = g^T x. So each chunk of logits is used up, forward and backward,
-    before the next one is made: nothing of size (n,V) is kept or computed twice.
+    before the next one is made: nothing of size (n,V) is kept or computed twice. Products run in the dtype of
+    x, whatever W is held in.
     """
 
     @staticmethod
     def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight):
         lm, kl = x.new_zeros(2, dtype=torch.float32)
-        dx = torch.zeros_like(x)
-        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        dx, w = torch.zeros_like(x), weight.to(x.dtype)
+        teacher_w = None if teacher is None else teacher_weight.to(teacher.dtype)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for i in range(0, len(x), LOGIT_ROWS):
             rows = slice(i, i + LOGIT_ROWS)
-            s = F.linear(x[rows], weight).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
+            s = F.linear(x[rows], w).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
             with torch.enable_grad():
                 cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
                 divergence = torch.zeros_like(kl)
                 if teacher is not None:
-                    divergence = kl_divergence(s, F.linear(teacher[rows], teacher_weight))
+                    divergence = kl_divergence(s, F.linear(teacher[rows], teacher_w))
                 (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
             lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
-            dx[rows] = g @ weight
-            if dw is not None:
+            dx[rows] = g @ w
+            if dw is not None and g.dtype == dw.dtype:
                 dw.addmm_(g.T, x[rows])
+            elif dw is not None:
+                dw += g.T @ x[rows]  # in bfloat16 a sum of many chunks would lose its small parts
         ctx.save_for_backward(dx, dw)
         ctx.mark_non_differentiable(lm, kl)
         return lm_weight * lm + kl_weight * kl, lm, kl

@@ -6,10 +6,14 @@
 The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
 heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
 
-Inside: VLM (forward, generate, answer), load, and the file layouts: our own, the released CompoDistill /
-TinyLLaVA layout, and Hugging Face LLaVA's of 2024 and of transformers 5 (read only).
+Inside: VLM (forward, generate, answer, save), load, and the file layouts: our own, the released CompoDistill
+/ TinyLLaVA layout, and Hugging Face LLaVA's, which is read in its forms of 2024 and of transformers 5 and
+written in that of 2024. As a program it converts: python model.py FOLDER --out OUT --layout hf
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +25,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import data
-from checkpoint import BadInput, find, load_weights, read_json, tensor_names, write_folder
+from checkpoint import BadInput, find, load_weights, read_json, sentence, tensor_names, write_folder
 from data import IMAGE_TOKEN
 from distill import TeacherAdapterFetch
 from qwen import Cache, Look, Output, Qwen, QwenConfig
@@ -51,7 +55,7 @@ class Adapter(nn.Module):
         self.linear_2 = nn.Linear(width, width)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(z)))
+        return self.linear_2(F.gelu(self.linear_1(z.to(self.linear_1.weight.dtype))))
 
 
 class VLM(nn.Module):
@@ -103,12 +107,13 @@ class VLM(nn.Module):
         return self.lm.model.norm.weight.device
 
     def image_features(self, pixel_values: Tensor | None) -> Tensor:
-        """pixel_values (N,3,S,S), or None where N = 0 -> z (N,P,C_vision), what the adapter reads."""
+        """pixel_values (N,3,S,S), or None where N = 0 -> z (N,P,C_vision), what the adapter reads, in the
+        dtype of the vision encoder: frozen parts may be bfloat16 beside a language model in float32.
+        """
+        weight = self.vision.post_layernorm.weight
         if pixel_values is None:
-            return self.lm.model.norm.weight.new_zeros(
-                0, self.num_image_tokens, self.config.vision.hidden_size
-            )
-        z = self.vision(pixel_values.to(self.lm.model.norm.weight.dtype), layer=self.config.vision_layer)
+            return weight.new_zeros(0, self.num_image_tokens, self.config.vision.hidden_size)
+        z = self.vision(pixel_values.to(weight.dtype), layer=self.config.vision_layer)
         return z[:, 1:] if self.config.drop_first_patch else z
 
     def forward(self, *args, **kwargs) -> Output:
@@ -210,20 +215,27 @@ class VLM(nn.Module):
         new = self.generate(ids, pixels, max_new_tokens=max_new_tokens)[0].tolist()
         return tokenizer.decode(new, skip_special_tokens=True).strip()
 
-    def save(self, folder: str | Path, layout: str = "native") -> None:
-        """Write a checkpoint folder, whole or not at all; `layout` native (ours) or released (CompoDistill /
-        TinyLLaVA).
+    def save(self, folder: str | Path, layout: str = "native", dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint folder, whole or not at all, in `dtype` (None: each tensor as it is in memory).
+
+        layout: native (ours), released (CompoDistill / TinyLLaVA) or hf (Hugging Face LLaVA; not with TAF).
         """
-        if layout not in ("native", "released"):
-            raise BadInput(f"layout {layout!r} is not known; choose native or released")
-        if layout == "released" and self.config.taf_gelu:
-            raise BadInput("the released layout has no field for the GELU before P_s; save as native")
-        rename = (lambda name: name) if layout == "native" else _to_released(self.config)
-        tensors = {rename(name): tensor for name, tensor in self.state_dict().items()}
-        config = _native_config(self.config) if layout == "native" else _released_config(self.config)
-        config["torch_dtype"] = str(self.lm.model.norm.weight.dtype).removeprefix("torch.")
-        extra = {} if self.tokenizer is None else {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
-        write_folder(folder, tensors, config, extra)
+        c, tokenizer, tensors = self.config, self.tokenizer, self.state_dict()
+        if layout not in NAMES:
+            raise BadInput(f"layout {layout!r} is not known; choose {', '.join(NAMES)}")
+        if layout == "released" and c.taf_gelu:
+            raise BadInput(f"{folder}: the released layout has no field for P_s's GELU; save as native")
+        if layout == "hf" and c.taf_width:
+            raise BadInput(
+                f"{folder}: a model with TAF does not fit Hugging Face LLaVA, whose adapter has no P_s and "
+                "the language model's width; save as released or native"
+            )
+        if layout == "hf":
+            c, tokenizer, tensors = _with_image_word(c, self.require_tokenizer(), tensors)
+        tensors = {_written(name, layout): x.to(dtype or x.dtype) for name, x in tensors.items()}
+        lm_dtype = dtype or self.lm.model.norm.weight.dtype
+        config = CONFIGS[layout](c) | {"torch_dtype": str(lm_dtype).removeprefix("torch.")}
+        write_folder(folder, tensors, config, _companions(layout, c, tokenizer))
 
 
 def _sample(logits: Tensor) -> Tensor:
@@ -234,7 +246,7 @@ def _sample(logits: Tensor) -> Tensor:
 
 MODEL_TYPE = "nanocompodistill"
 
-# How a tensor's name begins in a file -> how it begins in Adapter.
+# Reading. How a tensor's name begins in a file -> how it begins in Adapter.
 ADAPTER_LAYOUTS = {
     "connector._connector.0.": "linear_1.",
     "connector._connector.2.": "linear_2.",
@@ -246,8 +258,11 @@ VISION_PREFIXES = (
 )  # released, HF; then as in a plain SigLIP file
 
 
-def load(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> VLM:
-    """A multimodal checkpoint in any layout that we know, from a folder or the hub, in eval mode."""
+def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> VLM:
+    """A multimodal checkpoint in any layout that we know, from a folder or the hub, in eval mode.
+
+    dtype: of all tensors; None leaves each as it is in the file.
+    """
     folder = find(path_or_hub_name)
     file = folder / "config.json"
     config = read_config(folder)
@@ -316,42 +331,6 @@ def read_config(folder: Path) -> VLMConfig:
 SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
 
 
-def _native_config(c: VLMConfig) -> dict:
-    """Our own config.json: the released fields, under our model_type, plus what those cannot say."""
-    config = _released_config(c)
-    config.update(model_type=MODEL_TYPE, post_connector_gelu=c.taf_gelu)
-    del config["architectures"]
-    return config
-
-
-def _released_config(c: VLMConfig) -> dict:
-    text = {
-        "model_type": "qwen2",
-        "architectures": ["Qwen2ForCausalLM"],
-        "use_sliding_window": False,
-        **asdict(c.text),
-    }
-    return {
-        "architectures": ["CompoDistillForConditionalGeneration"],
-        "model_type": "compodistill",
-        "text_config": text,
-        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **asdict(c.vision)},
-        "hidden_size": c.text.hidden_size,
-        "vocab_size": c.text.vocab_size,
-        "tie_word_embeddings": c.text.tie_word_embeddings,
-        "vision_hidden_size": c.vision.hidden_size,
-        "connector_type": "mlp2x_gelu",
-        "connector_hidden_size": c.taf_width or c.text.hidden_size,
-        "post_connector_use": c.taf_width is not None,
-        "vision_feature_layer": c.vision_layer,
-        "vision_feature_select_strategy": "patch" if c.drop_first_patch else "cls_patch",
-        "image_aspect_ratio": "square",
-        "image_token_index": c.image_token_index,
-        "ignore_index": -100,
-        "tokenizer_padding_side": "right",
-    }
-
-
 def _from_foreign(c: VLMConfig):
     """-> rename(name in a released or HF LLaVA file) -> name in VLM, or None for what is dropped on purpose:
     SigLIP's pooling head and text tower, and a tied language model's copy of the embedding.
@@ -376,16 +355,179 @@ def _from_foreign(c: VLMConfig):
     return rename
 
 
-def _to_released(c: VLMConfig):
-    """-> rename(name in VLM) -> name in the released layout, the inverse of _from_foreign."""
-    adapter = "adapter.teacher." if c.taf_width else "adapter."
-    table = {
+# Writing. How a tensor's name begins in VLM -> how it begins in a file; with TAF, P_t is adapter.teacher.
+NAMES = {
+    "native": {"": ""},
+    "released": {
         "lm.": "language_model.",
-        adapter + "linear_1.": "connector._connector.0.",
-        adapter + "linear_2.": "connector._connector.2.",
-        "adapter.student.": "connector.post_connector.",
         "vision.": "vision_tower._vision_tower.vision_model.",
+        "adapter.linear_1.": "connector._connector.0.",
+        "adapter.linear_2.": "connector._connector.2.",
+        "adapter.teacher.linear_1.": "connector._connector.0.",
+        "adapter.teacher.linear_2.": "connector._connector.2.",
+        "adapter.student.": "connector.post_connector.",
+    },
+    "hf": {  # the names of 2024, which transformers of then, 4.52 and 5 all read
+        "lm.": "language_model.",
+        "vision.": "vision_tower.vision_model.",
+        "adapter.": "multi_modal_projector.",
+    },
+}
+
+
+def _written(name: str, layout: str) -> str:
+    return next(t + name.removeprefix(o) for o, t in NAMES[layout].items() if name.startswith(o))
+
+
+def _parts_config(c: VLMConfig) -> dict:
+    """What every layout says in the same words."""
+    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+    return {
+        "text_config": text | asdict(c.text),
+        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False} | asdict(c.vision),
+        "tie_word_embeddings": c.text.tie_word_embeddings,
+        "vision_feature_layer": c.vision_layer,
+        "image_token_index": c.image_token_index,
     }
-    return lambda name: next(
-        theirs + name.removeprefix(ours) for ours, theirs in table.items() if name.startswith(ours)
+
+
+def _released_config(c: VLMConfig) -> dict:
+    return _parts_config(c) | {
+        "architectures": ["CompoDistillForConditionalGeneration"],
+        "model_type": "compodistill",
+        "hidden_size": c.text.hidden_size,
+        "vocab_size": c.text.vocab_size,
+        "vision_hidden_size": c.vision.hidden_size,
+        "connector_type": "mlp2x_gelu",
+        "connector_hidden_size": c.taf_width or c.text.hidden_size,
+        "post_connector_use": c.taf_width is not None,
+        "vision_feature_select_strategy": "patch" if c.drop_first_patch else "cls_patch",
+        "image_aspect_ratio": "square",
+        "ignore_index": data.IGNORE,
+        "tokenizer_padding_side": "right",
+    }
+
+
+def _native_config(c: VLMConfig) -> dict:
+    """Our own config.json: the released fields, under our model_type, plus what those cannot say."""
+    config = _released_config(c) | {"model_type": MODEL_TYPE, "post_connector_gelu": c.taf_gelu}
+    del config["architectures"]
+    return config
+
+
+def _hf_config(c: VLMConfig) -> dict:
+    return _parts_config(c) | {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "vision_feature_select_strategy": "default" if c.drop_first_patch else "full",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
+        "image_seq_length": c.vision.num_patches - c.drop_first_patch,
+    }
+
+
+CONFIGS = {"native": _native_config, "released": _released_config, "hf": _hf_config}
+
+
+def _with_image_word(c: VLMConfig, tokenizer: Tokenizer, tensors: dict[str, Tensor]):
+    """-> config, tokenizer, tensors with `<image>` as a word of the vocabulary: transformers embeds every id
+    before it writes the visual tokens, and cannot look up our IMAGE_TOKEN, -200.
+
+    Where the matrices (V,C) have no row for the word, they get their mean row: its logit is the mean of the
+    others, never the greatest. A row of zeros would win wherever all others are negative.
+    """
+    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
+    tokenizer.add_special_tokens([data.IMAGE_MARK])
+    word = tokenizer.token_to_id(data.IMAGE_MARK)
+    if (lacking := word + 1 - c.text.vocab_size) > 0:
+        for name in tensors.keys() & {"lm.model.embed_tokens.weight", "lm.lm_head.weight"}:
+            mean = tensors[name].mean(0, keepdim=True, dtype=torch.float32).to(tensors[name])
+            tensors[name] = torch.cat([tensors[name], mean.expand(lacking, -1)])
+        c = replace(c, text=replace(c.text, vocab_size=word + 1))
+    return replace(c, image_token_index=word), tokenizer, tensors
+
+
+# data.SYSTEM and data.pieces as transformers' chat template: the picture is at the front of its question.
+CHAT_TEMPLATE = (
+    "{{ " + json.dumps(data.SYSTEM) + " }}{% for turn in messages %}"
+    "{% set text = (turn.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) %}"
+    "{% if turn.role == 'assistant' %}ASSISTANT: {{ text | trim }}<|endoftext|>{% else %}USER: "
+    "{% for part in turn.content if part.type == 'image' %}<image>{{ '\\n' }}{% endfor %}{{ text | trim }} "
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def _companions(layout: str, c: VLMConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
+    """The small files beside config.json: {name: text}. In the layouts of others they let transformers
+    prepare pictures as data.preprocess does, and texts as data.encode_prompt does.
+    """
+    files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    if layout == "native":
+        return files
+    side, hf = c.vision.image_size, layout == "hf"
+    jsons = {
+        "preprocessor_config.json": {
+            "image_processor_type": "SiglipImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"height": side, "width": side},
+            "resample": Image.Resampling.BICUBIC,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.5] * 3,
+            "image_std": [0.5] * 3,
+        }
+    }
+    if tokenizer is not None:
+        jsons["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it stands
+            "model_input_names": ["input_ids", "attention_mask"],
+            "eos_token": data.END_OF_TEXT,
+            "pad_token": data.END_OF_TEXT,
+            "padding_side": "left" if hf else "right",  # left: to generate in batches
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": c.text.max_position_embeddings,
+        }
+    if hf:
+        end = tokenizer.token_to_id(data.END_OF_TEXT)
+        jsons["generation_config.json"] = {"eos_token_id": end, "pad_token_id": end}
+        jsons["processor_config.json"] = {
+            "processor_class": "LlavaProcessor",
+            "patch_size": c.vision.patch_size,
+            "num_additional_image_tokens": 0,  # SigLIP has no CLS token
+            "vision_feature_select_strategy": _hf_config(c)["vision_feature_select_strategy"],
+        }
+        files["chat_template.jinja"] = CHAT_TEMPLATE
+    return files | {name: json.dumps(content, indent=1) + "\n" for name, content in jsons.items()}
+
+
+# ---------------------------------------------------------------- python model.py
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Convert a checkpoint from any layout that we read into one that we write."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    given = parser.add_argument_group("what is read")
+    given.add_argument("folder", help="a multimodal checkpoint: a folder or a hub name, owner/name")
+    wanted = parser.add_argument_group("what is written")
+    wanted.add_argument("--out", required=True, help="a new folder, which appears whole or not at all")
+    wanted.add_argument(
+        "--layout", required=True, choices=NAMES, help="ours, CompoDistill's or Hugging Face LLaVA's (no TAF)"
     )
+    wanted.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: each tensor as it is read")
+    args = parser.parse_args(argv)
+    try:
+        vlm = load(args.folder, dtype=args.dtype and getattr(torch, args.dtype))
+        vlm.save(args.out, args.layout)
+        files = sorted(Path(args.out).iterdir())
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {sentence(error)}")
+    print(f"{args.out}, layout {args.layout}:")
+    print("\n".join(f"{file.stat().st_size / 1e6:12.3f} MB  {file.name}" for file in files))
+
+
+if __name__ == "__main__":
+    main()

@@ -9,188 +9,43 @@
     2 DFT   adapter + LM               L_LM + L_KL + L_ADL   a student that looks where the teacher looks
     3 SFT   adapter + LM               L_LM                  the student, finished
 
-Read top to bottom: arguments, one step (class Step), one stage (train_stage). Without --stage:
-tiny/students.py.
+Read top to bottom: one step (class Step), the models of a stage, precision and ranks, one optimizer step, one
+stage (train_stage). Flags and their defaults are in recipes.py, what a run saves in resume.py, the tiny world
+in tiny/.
 """
 
 import argparse
-import json
 import math
 import os
+import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 import data
 import distill
+import lora
 import model
+import recipes
+import resume
 from checkpoint import BadInput, find, sentence
+from log import Log
 from qwen import Look, Qwen
+from recipes import TINY
 from siglip import Siglip
 from tiny.world import make_world
 
-TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
-
-# Each method is a set of flags; a flag on the command line overrides it.
-METHODS = {
-    "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),
-    "kd": dict(taf=False, kl_weight=1.0, vat_loss="none"),
-    "compodistill": dict(taf=True, kl_weight=1.0, vat_loss="cosine"),
-    "released": dict(  # as the released code has it
-        taf=True, kl_weight=1.0, kl_shifted=False, vat_loss="released", layers="released"
-    ),
-}
-# Defaults of the tiny world; the README's stage table has the paper's.
-STAGES = {
-    "0a": dict(data="pretrain", steps=300, lr=2e-3),
-    "0b": dict(data="tune", steps=4000, lr=2e-3),
-    "1": dict(data="pretrain", steps=100, lr=2e-3),
-    "2": dict(data="tune", steps=1500, lr=2e-3),
-    "3": dict(data="tune", steps=100, lr=5e-4),
-}
-
-
-def number(kind: type, least: float):
-    """An argparse type: a finite number of this kind that is at least `least`."""
-
-    def convert(text: str):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least} is asked for")
-        return value
-
-    return convert
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--stage", choices=["0", "0a", "0b", "1", "2", "3"], help="one stage; without it: the tiny world"
-    )
-    run.add_argument(
-        "--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)"
-    )
-    run.add_argument(
-        "--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')"
-    )
-    run.add_argument(
-        "--seed", type=int, default=0, help="of the data order and new weights (default: %(default)s)"
-    )
-    run.add_argument(
-        "--make-tiny", action="store_true", help="make the shipped tiny models again, into --out"
-    )
-    run.add_argument(
-        "--log-every", type=number(int, 1), default=10, help="steps between log lines (default: %(default)s)"
-    )
-
-    models = parser.add_argument_group("models: folders or hub names")
-    models.add_argument(
-        "--teacher", default=str(TINY / "teacher"), help="multimodal checkpoint (default: %(default)s)"
-    )
-    models.add_argument(
-        "--student",
-        help="what the stage starts from (default: the previous stage's output; in stage 1 the "
-        "plain language model tiny/student, in stage 0 tiny/teacher-lm)",
-    )
-    models.add_argument(
-        "--vision",
-        help="SigLIP of a model trained without a teacher: stage 0 and --method sft (default: tiny/vision)",
-    )
-
-    method = parser.add_argument_group(
-        "method: one flag per row of the paper's ablation tables (default: the method's own)"
-    )
-    method.add_argument(
-        "--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)"
-    )
-    method.add_argument("--taf", action=argparse.BooleanOptionalAction, help="fetch the teacher's adapter")
-    method.add_argument("--kl-weight", type=number(float, 0), help="weight of L_KL")
-    method.add_argument(
-        "--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss"
-    )
-    method.add_argument(
-        "--vat-weight", type=number(float, 0), default=1.0, help="weight of L_ADL (default: %(default)s)"
-    )
-    method.add_argument(
-        "--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)"
-    )
-    method.add_argument(
-        "--vat-rows", action="store_true", help="cosine of each query row instead of the whole matrix"
-    )
-    method.add_argument(
-        "--layers", choices=["intermediate", "early", "later", "all", "released"], help="aligned layers"
-    )
-    method.add_argument(
-        "--matching", choices=["group", "simple", "adaptive"], default="group", help="(default: %(default)s)"
-    )
-
-    optim = parser.add_argument_group("data and optimisation")
-    optim.add_argument("--data", type=Path, help="LLaVA JSON (default: the tiny world's, made under --out)")
-    optim.add_argument("--images", type=Path, help="folder that its picture paths start from")
-    optim.add_argument(
-        "--steps",
-        type=number(int, 1),
-        help="optimizer steps (default: the stage's; without --stage: of stage 2, "
-        "the other stages in proportion)",
-    )
-    optim.add_argument(
-        "--lr",
-        type=number(float, 1e-12),
-        help="peak learning rate, after 3 %% warm-up, then cosine to 0 (default: the stage's)",
-    )
-    optim.add_argument(
-        "--batch-size",
-        type=number(int, 1),
-        default=32,
-        help="samples per device and micro-batch (default: %(default)s)",
-    )
-    optim.add_argument(
-        "--accumulation",
-        type=number(int, 1),
-        default=1,
-        help="micro-batches per optimizer step (default: %(default)s)",
-    )
-    optim.add_argument(
-        "--workers",
-        type=number(int, 0),
-        default=0,
-        help="processes that prepare batches (default: %(default)s)",
-    )
-    optim.add_argument(
-        "--gradient-checkpointing",
-        action="store_true",
-        help="keep only the inputs of the student's layers and compute the rest again: less memory, slower",
-    )
-    optim.add_argument(
-        "--compile",
-        action="store_true",
-        help="torch.compile the layers: a minute or two once, then less memory and perhaps less time; "
-        "needs a C++ compiler",
-    )
-    args = parser.parse_args(argv)
-    given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    needless = given - {"out", "seed", "steps", "teacher", "make_tiny"}
-    if args.stage is None and needless:
-        parser.error(f"{', '.join(sorted(needless))}: only with --stage")
-    for flag, value in {"layers": "intermediate", "kl_shifted": True, **METHODS[args.method]}.items():
-        if getattr(args, flag, None) is None:
-            setattr(args, flag, value)
-    args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
-    args.quiet = False
-    if (args.data is None) != (args.images is None):
-        parser.error("--data and --images go together")
-    return args
+    return recipes.parse_args(__doc__, argv)
 
 
 # ---------------------------------------------------------------- one step of the method
@@ -233,20 +88,22 @@ class Step(nn.Module):
             student_look, teacher_look = (
                 Look(groups, rows, columns) for groups in (self.student_groups, self.teacher_groups)
             )
-        # no attention mask: causality hides padding on the right
         t = None
-        with torch.no_grad():
-            z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
-            if teacher is not None:
-                teacher_tokens = teacher.adapter(z)
-                t, t_maps = teacher.hidden(ids, visual_tokens=teacher_tokens, look=teacher_look)
-        student_tokens = student.adapter.fetch(teacher_tokens) if args.taf and teacher else student.adapter(z)
-        s, s_maps = student.hidden(ids, visual_tokens=student_tokens, look=student_look)
+        with compute_dtype(args.precision, ids.device):
+            # no attention mask: causality hides padding on the right
+            with torch.no_grad():
+                z = student.image_features(batch["pixel_values"])  # the same frozen encoder in both models
+                if teacher is not None:
+                    teacher_tokens = teacher.adapter(z)
+                    t, t_maps = teacher.hidden(ids, visual_tokens=teacher_tokens, look=teacher_look)
+            fetch = args.taf and teacher is not None
+            student_tokens = student.adapter.fetch(teacher_tokens) if fetch else student.adapter(z)
+            s, s_maps = student.hidden(ids, visual_tokens=student_tokens, look=student_look)
 
         answers, aligned = totals.clamp(min=1)
         distilled = teacher is not None and args.kl_weight > 0
         loss, lm, kl = distill.answer_losses(
-            (s, student.lm.head_weight),
+            (s.to(DTYPES[args.precision]), student.lm.head_weight),
             (t, teacher.lm.head_weight) if distilled else None,
             labels,
             args.kl_weight,
@@ -297,41 +154,17 @@ class Step(nn.Module):
         )
 
 
-# ---------------------------------------------------------------- one stage
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3 % of the steps, then a cosine to 0."""
-    warmup = max(1, round(0.03 * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def batches_of(num_samples: int, steps: int, accumulation: int, size: int, rank: int, ranks: int, seed: int):
-    """The sample indices of each of this rank's micro-batches. A global batch is the same samples whatever
-    the number of ranks and micro-batches is; every epoch is a new permutation.
-    """
-    epoch, order = -1, []
-    for micro in range(steps * accumulation):
-        first = (micro * ranks + rank) * size
-        indices = []
-        for position in range(first, first + size):
-            if position // num_samples != epoch:
-                epoch = position // num_samples
-                generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-                order = torch.randperm(num_samples, generator=generator).tolist()
-            indices.append(order[position % num_samples])
-        yield indices
+# ---------------------------------------------------------------- the models of a stage
 
 
 def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[model.VLM, model.VLM | None]:
     """-> the student that this stage starts from, and its frozen teacher (None: nothing is distilled)."""
     start = find(args.student or previous_output(stage, args))
+    frozen = DTYPES[args.precision]
     distilled = args.kl_weight > 0 or args.vat_loss != "none"
     teacher = None
     if stage in ("1", "2") and (args.taf or distilled):
-        teacher = model.load(args.teacher, device=device).requires_grad_(False)
+        teacher = model.load(args.teacher, dtype=frozen, device=device).requires_grad_(False)
     if args.vision and (teacher is not None or stage not in ("0a", "1")):
         raise BadInput("--vision is for a model that gets its eyes here, stages 0 and 1 without a teacher")
     if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
@@ -346,7 +179,24 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
         if args.taf:
             student.adapter.teacher = teacher.adapter
+    choose_trained(stage, student, args)
+    for parameter in student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen)
     return student, teacher if distilled else None
+
+
+def choose_trained(stage: str, student: model.VLM, args: argparse.Namespace) -> None:
+    """All is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model:
+    whole, or through LoRA. A new stage starts a new LoRA; the one before was merged when its stage was saved.
+    """
+    student.requires_grad_(False).train()
+    taf = isinstance(student.adapter, distill.TeacherAdapterFetch)
+    (student.adapter.student if taf else student.adapter).requires_grad_(True)
+    if stage not in ("0a", "1"):
+        student.lm.requires_grad_(args.tune == "full")
+        if args.tune == "lora":
+            lora.add_lora(student.lm.model.layers, args.lora_rank, args.lora_alpha, args.lora_dropout)
 
 
 def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
@@ -367,11 +217,16 @@ def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
         )
     if taf and not isinstance(student.adapter, distill.TeacherAdapterFetch):
         raise BadInput("this student has an adapter of its own; give --no-taf, or run its stage 1 with --taf")
+
+    def close(a: Tensor, b: Tensor) -> bool:  # either may have been kept in bfloat16
+        return torch.equal(a.bfloat16(), b.bfloat16())
+
     pairs = [("vision encoder", student.vision, teacher.vision)]
     pairs += [("fetched adapter", student.adapter.teacher, teacher.adapter)] if taf else []
     for name, ours, theirs in pairs:
         ours, theirs = ours.state_dict(), theirs.state_dict()
-        if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
+        same = ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
+        if not same:
             raise BadInput(
                 f"the student's {name} is not the teacher's: both must come from the same --teacher"
             )
@@ -388,147 +243,315 @@ def previous_output(stage: str, args: argparse.Namespace) -> str:
     return str(folder)
 
 
-def optimizer_step(
-    module: nn.Module,
-    step_module: Step,
-    optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict],
-    ranks: int,
-) -> tuple[dict[str, Tensor], float]:
-    """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm.
+# ---------------------------------------------------------------- precision and ranks
 
-    Sums are divided once, by counts over everything, because a mean of means is another gradient where the
-    number of answer tokens varies. DDP averages gradients over the ranks, hence `ranks *`. `module` is
-    step_module, or DDP around it.
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def compute_dtype(precision: str, device: torch.device):
+    """The one place that decides the precision of the models' computation.
+
+    bf16: products in bfloat16 (autocast). Frozen weights are held in it, too (load_models): they are only
+    read. Trained weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the
+    distance of two neighbours in bfloat16 (2^-8 of the weight) and would be rounded away. Softmax of
+    attention, norms and losses are float32 in any case.
     """
-    counts = torch.stack([step_module.counts(batch) for batch in micro_batches]).sum(0)
-    if ranks > 1:
-        dist.all_reduce(counts)
-    terms = {}
-    for i, batch in enumerate(micro_batches):
-        last = (
-            i == len(micro_batches) - 1
-        )  # gradients travel between the ranks once, with the last micro-batch
-        with nullcontext() if ranks == 1 or last else module.no_sync():
-            loss, parts = module(batch, counts)
-            (ranks * loss).backward()
-        terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return terms, norm.item()
-
-
-def train_stage(stage: str, args: argparse.Namespace) -> Path:
-    """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN."""
-    rank, ranks, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), pick_device()
-    steps, peak = args.steps or STAGES[stage]["steps"], args.lr or STAGES[stage]["lr"]
-    out = args.out / args.name / f"stage{stage}"
-    if out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out} exists already; remove it, or choose another --out or --name")
-
-    # models: all is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model
-    torch.manual_seed(args.seed)
-    student, teacher = load_models(stage, args, device)
-    student.requires_grad_(False).train()
-    taf = isinstance(student.adapter, distill.TeacherAdapterFetch)
-    (student.adapter.student if taf else student.adapter).requires_grad_(True)
-    student.lm.requires_grad_(stage not in ("0a", "1"))
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    if rank == 0 and not args.quiet:
-        start, size = args.student or previous_output(stage, args), sum(p.numel() for p in parameters)
-        batch = args.accumulation * args.batch_size
-        print(f"stage {stage}: {start}, {size:,} parameters trained on {device}")
-        print(f"teacher: {args.teacher if teacher else 'none'}")
-        print(f"global batch: {ranks} ranks x {args.accumulation} x {args.batch_size} = {ranks * batch}")
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    step_module = Step(student, teacher, stage, args)
-    module = DistributedDataParallel(step_module) if ranks > 1 else step_module
-
-    # data
-    world = args.out / "world"
-    if args.data is None and rank == 0:
-        make_world(world)
-    if ranks > 1:
-        dist.barrier()
-    dataset = data.LlavaDataset(
-        args.data or world / f"{STAGES[stage]['data']}.json",
-        args.images or world / "images",
-        student.tokenizer,
-        student.num_image_tokens,
-        student.config.vision.image_size,
-        template="pretrain" if stage == "0a" else "chat",
-    )
-    indices = batches_of(len(dataset), steps, args.accumulation, args.batch_size, rank, ranks, args.seed)
-    loader = DataLoader(
-        dataset,
-        batch_sampler=list(indices),
-        collate_fn=data.collate,
-        num_workers=args.workers,
-        prefetch_factor=4 if args.workers else None,  # batches that each worker is ahead
-        pin_memory=device != "cpu",
-    )
-    batches = iter(loader)
-
-    # loop
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log = open(out.parent / f"stage{stage}.jsonl", "w") if rank == 0 else None
-    bar = tqdm(
-        total=steps, desc=f"{args.name} stage {stage}", disable=rank != 0 or args.quiet, dynamic_ncols=True
-    )
-    started = time.time()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak)
-        micro_batches = [data.to_device(next(batches), device) for _ in range(args.accumulation)]
-        losses, norm = optimizer_step(module, step_module, optimizer, micro_batches, ranks)
-        bar.update()
-        if (step + 1) % args.log_every and step not in (0, steps - 1):
-            continue
-        values = torch.stack(list(losses.values()))
-        if ranks > 1:
-            dist.all_reduce(values)
-        losses = dict(zip(losses, values.tolist()))
-        if not math.isfinite(sum(losses.values())):
-            raise BadInput(
-                f"{out}: a loss is not finite at step {step + 1} ({losses}); lower --lr, look at the data"
-            )
-        if rank == 0:
-            row = {"step": step + 1, **losses, "lr": optimizer.param_groups[0]["lr"], "grad_norm": norm}
-            log.write(json.dumps(row | {"seconds": round(time.time() - started, 2)}) + "\n")
-            log.flush()
-            if not args.quiet:
-                terms = "  ".join(f"{name} {value:8.4f}" for name, value in losses.items())
-                tqdm.write(f"step {step + 1:>6}/{steps}  {terms}  lr {row['lr']:.2e}  norm {norm:8.3f}")
-    bar.close()
-    if rank == 0:
-        log.close()
-        student.eval().save(out)
-    if ranks > 1:
-        dist.barrier()
-    return out
+    return torch.autocast(device.type, DTYPES[precision]) if precision == "bf16" else nullcontext()
 
 
 def pick_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
+def spread(step_module: Step, args: argparse.Namespace) -> nn.Module:
+    """The step on many ranks: DDP, or FSDP2 with the layers of student and teacher sharded apart.
+
+    Outside the layers FSDP shards what is trained; what is frozen there (vision encoder, P_t, with LoRA
+    embedding and head) stays whole on every rank, since it is needed in every step and has no optimizer.
+    """
+    if args.parallel == "ddp":
+        return DistributedDataParallel(step_module)
+    policy = MixedPrecisionPolicy(DTYPES[args.precision], torch.float32, cast_forward_inputs=False)
+    student, teacher = step_module.student, step_module.teacher[0]
+    for root, vlm in ((step_module, student), (teacher and teacher.lm, teacher)):
+        if vlm is None:
+            continue
+        for layer in vlm.lm.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        layers = set(vlm.lm.model.layers.parameters())
+        whole = {p for p in root.parameters() if not p.requires_grad and p not in layers}
+        fully_shard(root, mp_policy=policy, ignored_params=whole)
+    if teacher is not None:
+        register_fsdp_forward_method(teacher.lm, "hidden")  # Step calls it instead of forward
+    return step_module
+
+
+@contextmanager
+def signals_ask_to_stop():
+    """-> a list that is empty until SIGTERM or SIGINT arrives. A second signal, a second later or more, ends
+    the process at once. (Launchers may pass one Ctrl-C on twice.)
+    """
+    asked = []
+
+    def ask(number: int, _) -> None:
+        if asked and time.time() - asked[0] > 1:
+            os._exit(128 + number)
+        asked.append(time.time())
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_signals(_: int) -> None:
+    """In a DataLoader's worker: schedulers signal all processes, and the batches are still needed to stop
+    well.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved."""
+
+
+# ---------------------------------------------------------------- one optimizer step
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 3 % of the steps, then a cosine to 0."""
+    warmup = max(1, round(0.03 * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+def optimizer_step(
+    module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[dict], totals: Tensor, ranks: int
+) -> tuple[dict[str, float], float]:
+    """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm.
+
+    Sums are divided once, by `totals` over everything (Step.counts), because a mean of means is another
+    gradient where the number of answer tokens varies. DDP and FSDP average gradients over the ranks, hence
+    `ranks *`. Where a loss or the gradient is not finite, nothing is changed, and the caller sees it in what
+    is returned.
+    """
+    terms = {}
+    for i, batch in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1  # gradients travel between the ranks once, with the last one
+        if hasattr(module, "set_requires_gradient_sync"):  # FSDP
+            module.set_requires_gradient_sync(last)
+        with module.no_sync() if isinstance(module, DistributedDataParallel) and not last else nullcontext():
+            loss, parts = module(batch, totals)
+            (ranks * loss).backward()
+        terms = {name: terms.get(name, 0) + part for name, part in parts.items()}
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    *values, norm = torch.stack([*terms.values(), norm]).tolist()
+    if math.isfinite(norm) and all(map(math.isfinite, values)):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return dict(zip(terms, values)), norm
+
+
+# ---------------------------------------------------------------- one stage
+
+
+def train_stage(stage: str, args: argparse.Namespace) -> Path:
+    """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN.
+
+    A stage that was stopped goes on from its last save, to the same bits; one that has finished stays as it
+    is.
+    """
+    (rank, ranks), device = resume.rank_and_ranks(), pick_device()
+    args = recipes.for_stage(stage, args, ranks)
+    out = args.out / args.name / f"stage{stage}"
+    run = out.with_suffix(".run")  # what is needed to go on
+    say = print if rank == 0 and not args.quiet else lambda *_: None
+    resume.check_writable(out.parent)
+
+    torch.manual_seed(args.seed)  # the same new weights on every rank
+    student, teacher = load_models(stage, args, device)
+    dataset = open_data(stage, student, args)
+    args.steps = args.steps or max(1, args.epochs * len(dataset) // args.global_batch)
+    if resume.open_run(run, out, identity(stage, args, dataset)):
+        say(f"stage {stage}: finished already, {out}")
+        return out
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    size, total = (sum(p.numel() for p in ps) for ps in (parameters, student.parameters()))
+    resume.check_writable(run, needed=12 * size * (args.keep + 1) + 4 * total)
+
+    step_module = Step(student, teacher, stage, args)
+    module = spread(step_module, args) if dist.is_initialized() else step_module
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]  # FSDP's, now
+    optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
+    state = resume.load(run, student, optimizer) or {"step": 0, "samples": 0, "bad": 0}
+    say(f"stage {stage}: {args.student or previous_output(stage, args)} on {device}, {args.precision}")
+    say(f"teacher: {args.teacher if teacher else 'none'}")
+    say(f"trained: {size:,} parameters ({args.tune if stage not in ('0a', '1') else 'adapter'})")
+    say(f"global batch: {ranks} ranks x {args.batch_size} x {args.accumulation} = {args.global_batch}")
+    say(f"steps: {args.steps}, of which {state['step']} are done; {len(dataset):,} samples")
+    order = data.batches_of(
+        len(dataset), args.steps, args.accumulation, args.batch_size, rank, ranks, args.seed, state["step"],
+        dataset.lengths if args.group_by_length else None,
+    )  # fmt: skip
+    loader = DataLoader(
+        dataset,
+        batch_sampler=order,
+        collate_fn=data.collate,
+        num_workers=args.workers,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if args.workers and sys.platform == "linux" else None,  # shares memory
+        prefetch_factor=4 if args.workers else None,  # batches that each worker is ahead
+        pin_memory=device != "cpu",
+    )
+    with signals_ask_to_stop() as asked:
+        run_steps(step_module, module, optimizer, loader, state, run, args, asked)
+        save_model(student, args, out)
+        resume.remove_saves(run)
+    return out
+
+
+def run_steps(
+    step_module: Step,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: DataLoader,
+    state: dict,
+    run: Path,
+    args: argparse.Namespace,
+    asked: list,
+) -> None:
+    """The steps that are left, with their log rows and saves. `asked` is empty until somebody wants a stop.
+    """
+    (rank, ranks), device = resume.rank_and_ranks(), pick_device()
+    student, batches = step_module.student, iter(loader)
+    with Log(run, state["step"], args) as log:
+        for step in range(state["step"], args.steps):
+            # every random number of a step (dropout) follows from seed, step and rank: no generator is saved
+            torch.manual_seed((args.seed * 1_000_003 + step) * 8191 + rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.lr)
+            micro_batches = [data.to_device(next(batches), device) for _ in range(args.accumulation)]
+            totals, samples, tokens, places, bad, stop = tally(
+                step_module, micro_batches, bool(asked) or step == args.stop_after
+            )
+            if stop:  # all ranks know it in the same step
+                resume.save(run, student, optimizer, state, args.keep)
+                raise Stopped(f"stopped after step {step}, saved in {run}; the same command goes on")
+            log.bad_samples(micro_batches, step + 1)
+            state = {"step": step + 1, "samples": state["samples"] + samples, "bad": state["bad"] + bad}
+            if state["bad"] > args.max_bad_share * max(state["samples"], 1000):
+                raise BadInput(
+                    f"{state['bad']} of {state['samples']} samples are bad, more than --max-bad-share "
+                    f"{args.max_bad_share:g} allows; {log.bad_file} lists them"
+                )
+            losses, norm = optimizer_step(module, optimizer, micro_batches, totals, ranks)
+            if not math.isfinite(norm + sum(losses.values())):
+                raise BadInput(log.not_finite(step + 1, losses, norm, micro_batches))
+            log.count(samples, tokens, places)
+            if (step + 1) % args.log_every == 0 or step in (0, args.steps - 1):
+                values = all_reduce(torch.tensor(list(losses.values()), dtype=torch.float64, device=device))
+                log.row(step + 1, dict(zip(losses, values.tolist())), group["lr"], norm, state["bad"])
+            if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
+                resume.save(run, student, optimizer, state, args.keep)
+
+
+def tally(step_module: Step, batches: list[dict], stop: bool) -> tuple[Tensor, int, int, int, int, int]:
+    """One all_reduce for all that a step has to know of all ranks: what the losses are divided by (2,), how
+    many samples, tokens, places (with padding), bad samples, and whether anyone was asked to stop.
+    """
+    counts = torch.stack([step_module.counts(batch) for batch in batches]).sum(0)
+    masks = [batch["attention_mask"] for batch in batches]
+    rest = [
+        sum(len(mask) for mask in masks),
+        sum(mask.sum() for mask in masks),
+        sum(mask.numel() for mask in masks),
+        sum(len(batch["replaced"]) for batch in batches),
+        int(stop),
+    ]
+    counts = all_reduce(torch.cat([counts, torch.stack([torch.as_tensor(x).to(counts) for x in rest])]))
+    return counts[:2], *counts[2:].tolist()
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def open_data(stage: str, student: model.VLM, args: argparse.Namespace) -> data.LlavaDataset:
+    """--data, or the tiny world's, which rank 0 makes."""
+    world = args.out / "world"
+    if args.data is None and resume.rank_and_ranks()[0] == 0:
+        make_world(world)
+    resume.barrier()
+    return data.LlavaDataset(
+        args.data or world / ("pretrain.json" if stage in ("0a", "1") else "tune.json"),
+        args.images or world / "images",
+        student.tokenizer,
+        student.num_image_tokens,
+        student.config.vision.image_size,
+        template="pretrain" if stage == "0a" else "chat",
+        max_length=args.max_length,
+        skip_bad=args.skip_bad_samples,
+    )
+
+
+def identity(stage: str, args: argparse.Namespace, dataset: data.LlavaDataset) -> dict:
+    """What makes a run this run: all that its weights depend on, whatever the files are called."""
+    flags = {name: value for name, value in vars(args).items() if name not in recipes.NO_IDENTITY}
+    models = {"student": args.student or previous_output(stage, args)}
+    if stage in ("1", "2"):
+        models["teacher"] = args.teacher
+    if stage in ("0a", "1"):
+        models["vision"] = args.vision or TINY / "vision"
+    files = args.data or [dataset.records.files[0]]
+    return {
+        "stage": stage,
+        **flags,
+        **{name: resume.fingerprint(find(folder)) for name, folder in models.items()},
+        "data": [[Path(file).name, Path(file).stat().st_size] for file in files],
+        "samples": len(dataset),
+    }
+
+
+def save_model(student: model.VLM, args: argparse.Namespace, out: Path) -> None:
+    """The finished model as a checkpoint folder: shards put together, LoRA merged. All ranks call."""
+    tensors = lora.merge(resume.whole_state(student), args.lora_rank, args.lora_alpha)
+    if resume.rank_and_ranks()[0] == 0:
+        with torch.device("meta"):
+            plain = model.VLM(student.config, student.tokenizer)
+        plain.load_state_dict(tensors, assign=True)
+        plain.eval().save(out)
+    resume.barrier()
+
+
 def run_stages(args: argparse.Namespace) -> None:
     """`--stage`: one stage, on one device or on as many as torchrun started."""
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        device = pick_device()
+    device = pick_device()
+    if "RANK" in os.environ:  # started by torchrun
         if device != "cpu":
             torch.cuda.set_device(device)
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    elif args.parallel == "fsdp":
+        raise BadInput("--parallel fsdp shards over processes: start train.py with torchrun")
     try:
         for stage in ("0a", "0b") if args.stage == "0" else (args.stage,):
             folder = train_stage(stage, args)
             args.student = args.vision = None  # of stage 0, part b goes on from part a
-            if int(os.environ.get("RANK", 0)) == 0:
+            if resume.rank_and_ranks()[0] == 0:
                 print(f"stage {stage} done: {folder}")
+    except Stopped as stopped:
+        if resume.rank_and_ranks()[0] == 0:
+            print(stopped)
     finally:
-        if ranks > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

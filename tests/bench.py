@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import distill  # noqa: E402
+import recipes  # noqa: E402
 import train  # noqa: E402
 from model import VLM, VLMConfig  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
@@ -229,7 +230,8 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
         if k:  # no flag says how many; Step asks here
             choose = distill.choose_layers
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
-        module = train.Step(student, teacher, "2", train.parse_args(["--stage", "2", *flags]))
+        args = recipes.for_stage("2", train.parse_args(["--stage", "2", *flags]), ranks=1)
+        module = train.Step(student, teacher, "2", args)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
     weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
@@ -242,9 +244,9 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
         if plain:
             losses, norm = plain_step(student, teacher, batch, optimizer, flags)
         else:
-            losses, norm = train.optimizer_step(module, module, optimizer, [batch], ranks=1)
+            losses, norm = train.optimizer_step(module, optimizer, [batch], module.counts(batch), ranks=1)
         seconds = clock(device) - started
-        losses = {name: loss.item() for name, loss in losses.items()} | {"norm": norm}
+        losses = {name: float(loss) for name, loss in losses.items()} | {"norm": norm}
         pipe.send({"seconds": seconds, "losses": losses, "peak": peak_memory(device), "static": static})
 
 
@@ -303,7 +305,7 @@ def matmul_rate(M: int, K: int, N: int, device: str, dtype: torch.dtype) -> floa
     while len(times) < 5 or clock(device) < end:
         started = clock(device)
         for _ in range(repeats):
-            nn.functional.linear(x, weight)
+            F.linear(x, weight)
         times.append((clock(device) - started) / repeats)
     return 2 * M * K * N / statistics.median(times)
 
@@ -421,8 +423,8 @@ def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
         widths += [(c.hidden_size, c.intermediate_size, 2), (c.intermediate_size, c.hidden_size, 1)]
         return [(K, N, times * c.num_hidden_layers) for K, N, times in widths]
 
-    blocks, C, F = v.num_hidden_layers - 1, v.hidden_size, v.intermediate_size  # z is hidden state -2
-    vision = [(v.num_channels * v.patch_size**2, C, 1), (C, C, 4 * blocks), (C, F, blocks), (F, C, blocks)]
+    blocks, C, wide = v.num_hidden_layers - 1, v.hidden_size, v.intermediate_size  # z is state -2
+    vision = [(v.num_channels * v.patch_size**2, C, 1), (C, C, 4 * blocks), (C, wide, blocks), (wide, C, blocks)]
     p_t = [(C, t.hidden_size, 1), (t.hidden_size, t.hidden_size, 1)]
     head, teacher_head = [(s.hidden_size, s.vocab_size, 1)], [(t.hidden_size, t.vocab_size, 1)]
     forward = [
@@ -616,12 +618,12 @@ def main() -> None:
     for name, rounds in ("step", 3), ("vat", 8), ("scaling", 2), ("floor", 0):
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
-        command.add_argument("--batch", type=train.number(int, 1), help="samples (default: the shape's)")
+        command.add_argument("--batch", type=recipes.number(int, 1), help="samples (default: the shape's)")
         if rounds:
             command.add_argument(
-                "--rounds", type=train.number(int, 1), default=rounds, help="(default: %(default)s)"
+                "--rounds", type=recipes.number(int, 1), default=rounds, help="(default: %(default)s)"
             )
-            command.add_argument("--threads", type=train.number(int, 1), default=torch.get_num_threads())
+            command.add_argument("--threads", type=recipes.number(int, 1), default=torch.get_num_threads())
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
             command.add_argument("--out", type=Path, help="write all numbers there, JSON")

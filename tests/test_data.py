@@ -1,12 +1,15 @@
-"""data.py, part 1: ids and labels, pictures, batches.
+"""data.py: ids and labels, pictures, batches, files of records, the order of samples.
 
 Every tokenizer test runs with a small tokenizer made here, and with the real one of Qwen1.5 where the
 environment variable SHARED names the folder that holds it.
 """
 
 import io
+import json
 import os
+import pickle
 import struct
+import tracemalloc
 import unicodedata
 import zlib
 from pathlib import Path
@@ -17,8 +20,21 @@ import torch
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+import data
 from checkpoint import BadInput
-from data import IGNORE, IMAGE_TOKEN, collate, encode, encode_prompt, load_tokenizer, preprocess
+from data import (
+    IGNORE,
+    IMAGE_TOKEN,
+    LlavaDataset,
+    Records,
+    batches_of,
+    collate,
+    encode,
+    encode_prompt,
+    load_tokenizer,
+    open_picture,
+    preprocess,
+)
 from siglip import SiglipConfig
 
 # Written out once more, so that a slip in data.py cannot hide.
@@ -277,6 +293,15 @@ def test_tokenizer_that_is_missing_or_not_qwens_is_bad_input(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_truncation_saved_with_a_tokenizer_is_no_limit(tmp_path):
+    tokenizer = small_tokenizer()
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=5)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    expected = encode(TALKS["many turns"], small_tokenizer(), 4)
+    assert encode(TALKS["many turns"], load_tokenizer(tmp_path), 4) == expected
+
+
 # ---------------------------------------------------------------- pictures
 
 
@@ -340,6 +365,104 @@ def test_preprocess_keeps_the_colour_of_any_mode(mode, colour, expected, size):
     torch.testing.assert_close(pixels, torch.tensor(expected)[:, None, None].expand(3, size, size))
 
 
+def picture_of(rows, mode):
+    """Rows of pixels, numbers or tuples -> a picture of that mode."""
+    kind = {"I;16": np.uint16, "I": np.int32}.get(mode, np.uint8)
+    pixels = np.array(rows, dtype=kind)
+    return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
+
+
+PALETTE = picture_of([[0, 1], [2, 1]], "P")
+PALETTE.putpalette([0, 0, 0, 200, 100, 50, 1, 2, 3])
+WHITE, BROWN = (255, 255, 255), (200, 100, 50)
+KINDS = {  # picture, how it is saved, pixels asked for, row by row
+    "grey": (picture_of([[0, 77], [200, 255]], "L"), {}, [(v,) * 3 for v in (0, 77, 200, 255)]),
+    "palette": (PALETTE, {}, [(0, 0, 0), BROWN, (1, 2, 3), BROWN]),
+    "palette with a transparent colour": (PALETTE, {"transparency": 0}, [WHITE, BROWN, (1, 2, 3), BROWN]),
+    "palette with alphas": (
+        PALETTE, {"transparency": bytes([0, 255, 51])}, [WHITE, BROWN, (204, 204, 205), BROWN],
+    ),
+    "gif with a transparent colour": (
+        PALETTE, {"format": "GIF", "transparency": 0}, [WHITE, BROWN, (1, 2, 3), BROWN],
+    ),
+    "grey with a transparent value": (
+        picture_of([[0, 77]], "L"), {"transparency": 0}, [WHITE, (77, 77, 77)],
+    ),
+    "RGB with a transparent colour": (
+        picture_of([[(0, 0, 0), BROWN]], "RGB"), {"transparency": (0, 0, 0)}, [WHITE, BROWN],
+    ),
+    "RGBA": (
+        picture_of([[(0, 0, 0, 0), (0, 0, 0, 255), (0, 255, 100, 51)]], "RGBA"), {},
+        [WHITE, (0, 0, 0), (204, 255, 224)],
+    ),
+    "LA": (picture_of([[(0, 0), (90, 255), (0, 51)]], "LA"), {}, [WHITE, (90,) * 3, (204,) * 3]),
+    "CMYK": (
+        picture_of([[(0, 0, 0, 0), (255, 0, 0, 0), (51, 102, 0, 51)]], "CMYK"), {"format": "TIFF"},
+        [WHITE, (0, 255, 255), (163, 122, 204)],  # (255 - C)(255 - K) / 255
+    ),
+    "CMYK jpeg": (
+        picture_of([[(255, 0, 0, 0)] * 2] * 2, "CMYK"), {"format": "JPEG", "quality": 100},
+        [(0, 255, 255)] * 4,
+    ),
+    "16-bit grey": (
+        picture_of([[0, 255, 256, 0x8000, 0xFFFF]], "I;16"), {}, [(v,) * 3 for v in (0, 0, 1, 128, 255)],
+    ),
+    "16-bit grey tiff": (
+        picture_of([[0, 0x1234, 0xFFFF]], "I;16"), {"format": "TIFF"}, [(v,) * 3 for v in (0, 0x12, 255)],
+    ),
+    "32-bit grey": (
+        picture_of([[0, 0x1234, 0xFFFF]], "I"), {"format": "TIFF"}, [(v,) * 3 for v in (0, 0x12, 255)],
+    ),
+    "bits": (picture_of([[0, 255]], "L").convert("1"), {}, [(0, 0, 0), WHITE]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("opened", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_colours_of_pictures_as_they_come(tmp_path, name, opened):
+    """Real files of every kind; over white where they are transparent. Also where the caller opened them."""
+    picture, options, expected = KINDS[name]
+    picture.save(tmp_path / "a", **{"format": "PNG", **options})
+    with Image.open(tmp_path / "a") as image:
+        if "JPEG" not in options.values():
+            assert image.mode == picture.mode, "the file is not of the kind that is tested"
+        image = open_picture(image if opened else tmp_path / "a")
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image).reshape(-1, 3), expected, atol=1)
+    pixels = preprocess(tmp_path / "a", 8)
+    assert pixels.mean() == pytest.approx(np.mean(expected) / 127.5 - 1, abs=0.15)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(tmp_path, orientation, format):
+    """EXIF orientation n says where the first row and column of the file belong (EXIF 2.3, tag 0x0112)."""
+    rows = np.zeros((16, 24, 3), dtype=np.uint8)
+    rows[:8, :8], rows[8:, 16:] = (255, 0, 0), (0, 0, 255)  # in blocks of 8, which JPEG keeps apart
+    upright = {
+        1: rows, 2: rows[:, ::-1], 3: rows[::-1, ::-1], 4: rows[::-1], 5: rows.transpose(1, 0, 2),
+        6: np.rot90(rows, -1), 7: rows[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(rows),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 100, "subsampling": 0} if format == "JPEG" else {}
+    Image.fromarray(rows).save(tmp_path / "a", format, exif=exif, **options)
+    np.testing.assert_allclose(np.asarray(open_picture(tmp_path / "a")).astype(int), upright, atol=4)
+    with Image.open(tmp_path / "a") as image:
+        assert image.getexif()[0x0112] == orientation
+        np.testing.assert_allclose(np.asarray(open_picture(image)).astype(int), upright, atol=4)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP"])
+def test_first_frame_of_several(tmp_path, format):
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
+    options = {"lossless": True} if format == "WEBP" else {}
+    frames[0].save(tmp_path / "a", format, save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / "a") as image:
+        assert image.n_frames == 3
+    assert set(open_picture(tmp_path / "a").get_flattened_data()) == {(255, 0, 0)}
+
+
 @pytest.mark.parametrize("width, height", [(16, 16), (40, 20), (9, 33)])
 def test_preprocess_equals_transformers(width, height):
     transformers = pytest.importorskip("transformers")
@@ -355,14 +478,14 @@ def saved(format):
     return file.getvalue()
 
 
-def broken_png(kind):
+def broken_png(kind, width=2, height=2):
     """A PNG with a right checksum on a wrong header, or with bytes that are no chunk among its data."""
 
     def chunk(name, content):
         checksum = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + checksum
 
-    size = struct.pack(">II", 2, 2) + bytes([8, 2, 0, 0, 0])
+    size = struct.pack(">II", width, height) + bytes([8, 2, 0, 0, 0])
     header = chunk(b"IHDR", size[:5] if kind == "short header" else size)
     data = zlib.compress(bytes(14))
     middle = b"\0\0\0\4\xa3\0U\x94aaaabbbb" if kind == "no chunk" else b""
@@ -391,6 +514,37 @@ def test_unreadable_picture_is_bad_input_that_names_the_file(tmp_path, name):
         file.write_bytes(BAD_FILES[name]())
     with pytest.raises(BadInput, match="000000033471.jpg"):
         preprocess(file, 8)
+
+
+@pytest.mark.parametrize("width, height", [(30_000, 30_000), (13_378, 13_378), (178_956_971, 1)])
+def test_huge_pictures_are_refused_before_they_are_decoded(tmp_path, width, height):
+    """More than 178,956,970 pixels: 537 MB and more in memory, from a few bytes."""
+    (tmp_path / "huge.png").write_bytes(broken_png(None, width, height))
+    with pytest.raises(BadInput, match=f"huge.png cannot be read .*{width * height} pixels"):
+        preprocess(tmp_path / "huge.png", 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_pictures_are_refused_at_pillows_second_limit_not_at_its_first(tmp_path, monkeypatch):
+    """Pillow warns at its first limit and refuses at twice that. In small, by a small limit."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    noise(10, 20).save(tmp_path / "between.png")
+    np.testing.assert_array_equal(open_picture(tmp_path / "between.png"), noise(10, 20))
+    noise(67, 3).save(tmp_path / "above.png")
+    with pytest.raises(BadInput, match="above.png .*201 pixels"):
+        open_picture(tmp_path / "above.png")
+
+
+def test_formats_that_run_other_programs_are_refused(tmp_path):
+    noise(8, 8).save(tmp_path / "a.png", "EPS")  # Pillow would start Ghostscript
+    with pytest.raises(BadInput, match="a.png cannot be read as a picture .*identify"):
+        open_picture(tmp_path / "a.png")
+
+
+def test_damaged_picture_that_the_caller_opened_is_bad_input_too(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(saved("JPEG")[:-200])
+    with Image.open(tmp_path / "a.jpg") as image, pytest.raises(BadInput, match="a.jpg cannot be read"):
+        preprocess(image, 8)
 
 
 def test_the_broken_png_is_broken_by_its_one_fault(tmp_path):
@@ -474,3 +628,411 @@ def test_pictures_of_different_length_do_not_mix(samples, tokenizer):
     short = {"input_ids": ids, "labels": labels, "pixel_values": torch.zeros(3, 24, 24)}
     with pytest.raises(BadInput, match="visual tokens"):
         collate([*samples, short])
+
+
+# ---------------------------------------------------------------- records on disk
+
+RECORDS = [
+    {"id": "a", "image": "x.jpg", "conversations": talk("<image>\nWhat?", "A cat.")},
+    {"id": 7, "image": "", "conversations": talk('"quoted" \\ [{]}', "tab\t, line\n, nul\u0000")},
+    {"conversations": talk("東京 😀 é", "e\u0301 \u2028 \ud7ff"), "image": None, "more": [1, {"b": [True]}]},
+    {"id": "d", "conversations": "none"},
+    {},
+]
+
+
+def lines(records, **options):
+    return "\n".join(json.dumps(record, **options) for record in records)
+
+
+LAYOUTS = {
+    "list": json.dumps(RECORDS),
+    "list, indented": json.dumps(RECORDS, indent=2),
+    "list, UTF-8": json.dumps(RECORDS, ensure_ascii=False),
+    "list, byte order mark": "\ufeff" + json.dumps(RECORDS, ensure_ascii=False),
+    "list, space around": " \n\n" + json.dumps(RECORDS, separators=(" \n, ", " : ")) + "\r\n \n",
+    "lines": lines(RECORDS),
+    "lines, UTF-8": lines(RECORDS, ensure_ascii=False) + "\n",
+    "lines, blank ones between": "\ufeff\n" + lines(RECORDS).replace("\n", "\r\n\n \n") + "\n\n",
+}
+
+
+@pytest.mark.parametrize("block", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_records_are_what_json_reads(tmp_path, monkeypatch, name, block):
+    """Wherever the windows cut the file: in a record, in a letter of several bytes, between records."""
+    monkeypatch.setattr(data, "BLOCK", block)
+    file = tmp_path / "data.json"
+    file.write_bytes(LAYOUTS[name].encode())
+    records = Records([file])
+    assert len(records) == len(RECORDS) and list(records) == RECORDS and records[-1] == RECORDS[-1]
+    content = file.read_bytes()
+    for offset, size, record in zip(records.offset, records.size, RECORDS):
+        assert json.loads(content[offset : offset + size]) == record
+        assert content[offset : offset + 1] + content[offset + size - 1 : offset + size] == b"{}"
+    assert records.has_image.tolist() == [True, False, False, False, False]
+    assert records.characters[0] == len("<image>\nWhat?A cat.") and not records.characters[3:].any()
+
+
+def test_records_of_several_files_follow_each_other(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(RECORDS[:2]))
+    (tmp_path / "b.jsonl").write_text(lines(RECORDS[2:]))
+    records = Records([tmp_path / "a.json", str(tmp_path / "b.jsonl"), tmp_path / "a.json"])
+    assert list(records) == RECORDS + RECORDS[:2]
+    assert [records.file_of(i).name[0] for i in range(7)] == list("aabbbaa")
+    with pytest.raises(IndexError):
+        records[7]
+    assert list(pickle.loads(pickle.dumps(records))) == list(records)
+
+
+BROKEN = {  # content -> the byte that the sentence names
+    "empty": (b"", 0),
+    "blank": (b" \n", 2),
+    "empty list": (b" []", 2),
+    "cut in a record": (b'[{"id": 1}, {"id": "ab', 19),
+    "cut between records": (b'[{"id": 1}, ', 12),
+    "cut before the end": (b'[{"id": 1}', 10),
+    "no comma": (b'[{"id": 1} {"id": 2}]', 11),
+    "a comma too many": (b'[{"id": 1}, ]', 12),
+    "something after the list": (b'[{"id": 1}]\n[', 12),
+    "a list of numbers": (b"[1, 2]", 1),
+    "a number among the records": (b'[{"id": 1}, 17]', 12),
+    "a list in a line": (b'{"id": 1}\n[{"id": 2}]', 10),
+    "no JSON": (b"<html>404</html>", 0),
+    "a name without quotes": (b'[{"id": 1}, {id: 2}]', 13),
+    "not UTF-8": (b'[{"id": "\xc3\xa9"}, {"id": "\xff\xfe"}]', 23),
+    "UTF-16": ('[{"id": 1}]'.encode("utf-16"), 0),
+    "a bare line end in a text": (b'[{"id": "a\nb"}]', 10),
+    "nested too deep": (b'[{"a": ' + b"[" * 100_000, 1),
+}
+
+
+@pytest.mark.parametrize("block", [3, 1 << 20])
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_bad_input_that_names_the_byte(tmp_path, monkeypatch, name, block):
+    content, byte = BROKEN[name]
+    monkeypatch.setattr(data, "BLOCK", block if len(content) < 1000 else 1 << 16)
+    good, file = tmp_path / "good.json", tmp_path / "broken.json"
+    good.write_text(json.dumps(RECORDS))
+    file.write_bytes(content)
+    with pytest.raises(BadInput, match=f"broken.json, byte {byte}: .*mend the file or fetch it") as error:
+        Records([good, file])
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_of_records_is_bad_input(tmp_path):
+    for files in ([tmp_path / "missing.json"], [tmp_path], []):
+        with pytest.raises(BadInput, match="--data"):
+            Records(files)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, whole):
+    """Neither where all is well nor where a record does not end."""
+    monkeypatch.setattr(data, "BLOCK", 10_000)
+    monkeypatch.setattr(data, "LONGEST_RECORD", 40_000)
+    file = tmp_path / "data.json"
+    record = json.dumps(RECORDS[0])
+    content = "[" + ", ".join([record] * 50_000) + "]"  # 5 MB
+    file.write_text(content if whole else '[{"id": "' + content.replace('"', ""))
+    tracemalloc.start()
+    if whole:
+        records = Records([file])
+        assert len(records) == 50_000
+        assert len(pickle.dumps(records)) < 18 * 50_000  # 8 + 4 + 4 + 1 bytes a record
+    else:
+        with pytest.raises(BadInput, match="byte 8: Unterminated string"):
+            Records([file])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (3e6 if whole else 5e5)
+
+
+@pytest.mark.parametrize("change", ["content", "size", "time", "gone"])
+def test_a_file_that_changed_is_an_error_not_another_record(tmp_path, change):
+    file, images = tmp_path / "data.json", tmp_path / "images"
+    images.mkdir()
+    records = [{"id": i, "conversations": talk("What?", "yes")} for i in range(3)]
+    file.write_text(json.dumps(records))
+    dataset = LlavaDataset(file, images, small_tokenizer(), PATCHES, 24, skip_bad=True)
+    assert dataset[1]["id"] == 1
+    time = file.stat().st_mtime_ns
+    if change == "gone":
+        file.unlink()
+    elif change == "time":
+        os.utime(file, ns=(1, 1))
+    else:
+        text = json.dumps(records)
+        file.write_text(text + "\n" if change == "size" else text.replace("yes", "abc"))
+        os.utime(file, ns=(time, time + (change == "content")))
+    with pytest.raises(BadInput, match="data.json has changed since"):
+        dataset[1]
+
+
+# ---------------------------------------------------------------- the data set
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """records, options -> LlavaDataset with the picture a.png in its folder."""
+
+    def make(records, tokenizer=None, **options):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        noise(30, 20).save(tmp_path / "images/a.png")
+        (tmp_path / "data.json").write_text(json.dumps(records))
+        options = {"tokenizer": tokenizer or small_tokenizer(), "num_image_tokens": PATCHES, **options}
+        return LlavaDataset(tmp_path / "data.json", tmp_path / "images", image_size=24, **options)
+
+    return make
+
+
+def record_of(conversation, **more):
+    image = any("<image>" in turn["value"] for turn in conversation[::2])
+    return {**({"image": "a.png"} if image else {}), "conversations": conversation, **more}
+
+
+def test_batches_of_the_data_set_supervise_the_answers(tokenizer, llava):
+    """Files -> batch: in every row the answers and their ends are supervised, and the rest is the prompt."""
+    dataset = llava([record_of(conversation, id=name) for name, conversation in ALL_TALKS.items()], tokenizer)
+    batch = collate([dataset[i] for i in range(len(dataset))])
+    assert batch["ids"] == list(ALL_TALKS) and batch["replaced"] == []
+    rows = zip(ALL_TALKS.items(), *(batch[key].tolist() for key in ("input_ids", "labels", "attention_mask")))
+    for (name, conversation), ids, labels, mask in rows:
+        assert supervised_answers(tokenizer, ids, labels) == [
+            " " + nfc(turn["value"].strip()) for turn in conversation[1::2]
+        ]
+        ids = ids[: sum(mask)]
+        assert ids.count(tokenizer.token_to_id(END)) == len(conversation) / 2
+        text = compose(conversation)
+        assert decode(tokenizer, [i for i in ids if i != IMAGE_TOKEN]) == nfc(text.replace(PICTURE, ""))
+        if name in TALKS:  # ids of the whole text; without control words in it, which would be read as such
+            tokenizer.encode_special_tokens = False
+            sides = [tokenizer.encode(side, add_special_tokens=False).ids for side in text.split(PICTURE)]
+            assert ids == sum([[*side, *[IMAGE_TOKEN] * PATCHES] for side in sides], [])[:-PATCHES]
+    pictures = batch["has_image"].sum()
+    assert len(batch["pixel_values"]) == pictures == sum(PICTURE in compose(t) for t in ALL_TALKS.values())
+    assert (batch["input_ids"] == IMAGE_TOKEN).sum() == pictures * PATCHES
+    picture = preprocess(noise(30, 20), 24)
+    assert all(torch.equal(pixels, picture) for pixels in batch["pixel_values"])
+
+
+def test_prompt_of_a_batch_is_thirty_one_tokens_with_the_real_tokenizer(llava):
+    if "SHARED" not in os.environ:
+        pytest.skip("SHARED is not set: no real tokenizer")
+    real = load_tokenizer(Path(os.environ["SHARED"]) / "data" / "qwen1.5-tokenizer")
+    dataset = llava([record_of(TALKS[name]) for name in ("one question", "image in the middle")], real)
+    batch = collate([dataset[0], dataset[1]])
+    assert batch["visual_columns"].tolist() == [list(range(31, 31 + PATCHES))] * 2
+
+
+@pytest.mark.parametrize("image", [{}, {"image": None}, {"image": ""}])
+def test_no_picture_is_text_only(llava, image):
+    sample = llava([{**record_of(TALKS["text only"]), **image}])[0]
+    assert "pixel_values" not in sample and sample["id"] == 0  # and without an id its number is its name
+
+
+@pytest.mark.parametrize("template", ["chat", "pretrain"])
+@pytest.mark.parametrize("name", ["one question", "image in a later turn", "many turns", "text only"])
+def test_long_samples_are_cut_at_the_end_never_in_the_picture(tokenizer, llava, name, template):
+    if (name, template) == ("image in a later turn", "pretrain"):
+        pytest.skip("a caption has one turn")
+    ids, labels = encode(TALKS[name], tokenizer, PATCHES, template)
+    first = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else 10_000
+    prompt = [] if template == "pretrain" else tokenizer.encode(SYSTEM + "USER: ").ids
+    least = len(prompt) + PATCHES + 1
+    for limit in range(1, len(ids) + 2):
+        end = first if first < limit < first + PATCHES else limit
+        short = encode(TALKS[name], tokenizer, PATCHES, template, max_length=limit)
+        assert short == (ids[:end], labels[:end])
+        assert short[0].count(IMAGE_TOKEN) in (0, PATCHES)
+        if limit < least or limit % 5:
+            continue
+        options = {"template": template, "max_length": limit}
+        sample = llava([record_of(TALKS[name])], tokenizer, **options)[0]
+        assert (sample["input_ids"], sample["labels"]) == short
+        assert ("pixel_values" in sample) == (IMAGE_TOKEN in short[0])
+        collate([sample])
+
+
+@pytest.mark.parametrize("template", ["chat", "pretrain"])
+def test_a_limit_without_room_for_prompt_and_picture_is_bad_input(llava, template):
+    ids, _ = encode(TALKS["one question"], small_tokenizer(), PATCHES, template)
+    least = ids.index(IMAGE_TOKEN) + PATCHES + 1
+    records = [record_of(TALKS["one question"])]
+    assert len(llava(records, template=template, max_length=least)[0]["input_ids"]) == least
+    with pytest.raises(BadInput, match=f"limit of {least - 1} tokens.*{least} is the least"):
+        llava(records, template=template, max_length=least - 1)
+
+
+def test_lengths_are_an_estimate_of_the_tokens(llava):
+    records = [record_of(talk("<image>" + "a" * 100, "b" * 293)), record_of(talk("a" * 4000, "b" * 4000))]
+    assert llava(records).lengths.tolist() == [100 + PATCHES, 2000]
+    assert llava(records, max_length=1536).lengths.tolist() == [100 + PATCHES, 1536]
+
+
+GOOD = record_of(TALKS["one question"])
+BAD_RECORDS = {  # record -> a word of the reason
+    "no turns": ({"image": "a.png"}, "conversations"),
+    "one turn": ({"conversations": talk("hello")}, "even number"),
+    "a text that is a number": ({"conversations": talk("hello", 5)}, "conversations"),
+    "half a letter": ({"conversations": talk("hello", "\ud83d")}, "str"),
+    "mark without picture": ({"conversations": TALKS["one question"]}, "go together"),
+    "picture without mark": ({"conversations": TALKS["text only"], "image": "a.png"}, "go together"),
+    "missing picture": ({**GOOD, "image": "b.png"}, "b.png cannot be read"),
+    "no picture": ({**GOOD, "image": "broken.jpg"}, "broken.jpg cannot be read"),
+    "a folder": ({**GOOD, "image": "."}, "cannot be read"),
+    "a list of pictures": ({**GOOD, "image": ["a.png"]}, "list"),
+    "a number": ({**GOOD, "image": 5}, "int"),
+    "a path with a nul": ({**GOOD, "image": "a\0.png"}, "null"),
+    "a long path": ({**GOOD, "image": "a" * 5000}, "long"),
+    "a path upwards": ({**GOOD, "image": "../a.png"}, "leads out"),
+    "an absolute path": ({**GOOD, "image": "/etc/passwd"}, "leads out"),
+    "a link out of the folder": ({**GOOD, "image": "link.png"}, "leads out"),
+    "a linked folder": ({**GOOD, "image": "linked/out.png"}, "leads out"),
+    "a link to itself": ({**GOOD, "image": "loop.png"}, "(Symlink loop|symbolic links)"),
+}
+
+
+def add_bad_pictures(folder):
+    (folder / "images").mkdir()
+    (folder / "images/broken.jpg").write_bytes(saved("JPEG")[:-200])
+    (folder / "outside").mkdir()
+    for file in (folder / "a.png", folder / "outside/out.png"):  # sound, so that only their place is wrong
+        noise(9, 9).save(file)
+    (folder / "images/link.png").symlink_to(folder / "a.png")
+    (folder / "images/linked").symlink_to(folder / "outside")
+    (folder / "images/loop.png").symlink_to(folder / "images/loop.png")
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_bad_record_stops_or_is_replaced_by_the_next_good_one(tmp_path, llava, name):
+    record, reason = BAD_RECORDS[name]
+    add_bad_pictures(tmp_path)
+    records = [{**GOOD, "id": "first"}, {**record, "id": "the bad one"}]
+    with pytest.raises(BadInput, match=f"data.json, record 'the bad one': .*{reason}") as error:
+        llava(records)[1]
+    assert "\n" not in str(error.value)
+    sample, good = llava(records, skip_bad=True)[1], llava(records)[0]  # after the last comes the first
+    assert sample.pop("replaced") == [str(error.value)] and good.pop("replaced") == []
+    assert sample["id"] == "first" and torch.equal(sample.pop("pixel_values"), good.pop("pixel_values"))
+    assert sample == good
+
+
+def test_what_stands_in_does_not_depend_on_workers(llava):
+    bad = {"conversations": [], "id": "bad"}
+    records = [bad if i in (2, 3, 9) else record_of(TALKS["text only"]) for i in range(10)]
+    dataset = llava(records, skip_bad=True)
+    batches = [
+        list(torch.utils.data.DataLoader(dataset, 4, collate_fn=collate, num_workers=workers))
+        for workers in (0, 2)
+    ]
+    for loaded in batches:
+        assert [batch["ids"] for batch in loaded] == [[0, 1, 4, 4], [4, 5, 6, 7], [8, 0]]
+        assert [len(batch["replaced"]) for batch in loaded] == [3, 0, 1]  # records 2 and 3, 3; 9
+    with pytest.raises(IndexError):
+        dataset[10]
+
+
+def test_nothing_but_bad_records_is_bad_input(llava, monkeypatch):
+    with pytest.raises(BadInput, match="3 records in a row are bad, .*data.json, record 0: "):
+        llava([{}] * 3, skip_bad=True)[1]
+    monkeypatch.setattr(data, "MOST_REPLACED", 5)
+    records = [{}] * 5 + [GOOD]
+    assert llava(records, skip_bad=True)[1]["id"] == 5
+    with pytest.raises(BadInput, match="5 records in a row are bad"):
+        llava(records, skip_bad=True)[0]
+
+
+def test_data_set_of_several_files(tmp_path, llava):
+    llava([GOOD])
+    (tmp_path / "more.jsonl").write_text(lines([{}, record_of(TALKS["text only"], id="x")]))
+    files = [tmp_path / "data.json", tmp_path / "more.jsonl"]
+    dataset = LlavaDataset(files, tmp_path / "images", small_tokenizer(), PATCHES, 24)
+    assert len(dataset) == 3 and dataset[0]["id"] == 0 and dataset[2]["id"] == "x"
+    with pytest.raises(BadInput, match="more.jsonl, record 1: "):
+        dataset[1]
+    with pytest.raises(BadInput, match="nowhere: no such folder of pictures; give it with --images"):
+        LlavaDataset(files, tmp_path / "nowhere", small_tokenizer(), PATCHES, 24)
+
+
+# ---------------------------------------------------------------- the order of samples
+
+
+def flat(batches):
+    return [index for batch in batches for index in batch]
+
+
+def like_real_lengths(number):
+    """Tokens, about as in mix665k: most have a picture (729) and some hundred of text, 6 % have none."""
+    rng = np.random.default_rng(0)
+    text = rng.lognormal(5.3, 0.8, number).astype(int) + 5
+    return np.minimum(text + 729 * (rng.random(number) > 0.06), 1536)
+
+
+def test_order_is_a_permutation_an_epoch():
+    """The documented seed of each epoch; global batches may begin in one epoch and end in the next."""
+    ours = flat(batches_of(10, steps=6, accumulation=1, size=4, rank=0, ranks=1, seed=3))
+    generators = [torch.Generator().manual_seed(1_000_003 * 3 + epoch) for epoch in range(3)]
+    assert ours == torch.cat([torch.randperm(10, generator=g) for g in generators]).tolist()[:24]
+
+
+@pytest.mark.parametrize("lengths", [None, like_real_lengths(50)], ids=["plain", "grouped"])
+@pytest.mark.parametrize("ranks, accumulation, size", [(1, 8, 1), (2, 1, 4), (2, 2, 2), (4, 2, 1)])
+def test_global_batches_are_the_same_however_they_are_cut(lengths, ranks, accumulation, size):
+    whole = list(batches_of(50, 20, 1, 8, 0, 1, seed=3, lengths=lengths))
+    parts = [
+        list(batches_of(50, 20, accumulation, size, rank, ranks, seed=3, lengths=lengths))
+        for rank in range(ranks)
+    ]
+    for step, expected in enumerate(whole):
+        micros = range(step * accumulation, (step + 1) * accumulation)
+        assert flat(parts[rank][micro] for micro in micros for rank in range(ranks)) == expected
+    again = batches_of(50, 20, accumulation, size, ranks - 1, ranks, seed=3, start=7, lengths=lengths)
+    assert list(again) == parts[-1][7 * accumulation :]  # resumed
+
+
+@pytest.mark.parametrize("number, size", [(50, 8), (64, 8), (5, 8), (1, 3), (700, 2), (129, 1), (1300, 10)])
+def test_grouped_by_length_every_sample_comes_once_an_epoch(number, size):
+    lengths = like_real_lengths(number)
+    steps = 4 * number // size + 1
+    order = flat(batches_of(number, steps, 1, size, 0, 1, seed=0, lengths=lengths))
+    epochs = [order[i * number : (i + 1) * number] for i in range(4)]
+    assert all(sorted(epoch) == list(range(number)) for epoch in epochs)
+    if number > 8:
+        assert epochs[0] != epochs[1]
+    other = flat(batches_of(number, steps, 1, size, 0, 1, seed=1, lengths=lengths))
+    assert number == 1 or order != other
+
+
+def test_groups_are_sorted_blocks_of_64_global_batches_shuffled():
+    """Against the description, written out: 130 global batches are blocks of 64, 64 and 2; 8 more are cut by
+    the end of the epoch, as they are when nothing is grouped.
+    """
+    number, G, lengths = 130 * 10 + 8, 10, like_real_lengths(130 * 10 + 8)
+    order = flat(batches_of(number, 262, 1, G, 0, 1, seed=0, lengths=lengths))
+    for epoch, head in ((0, 0), (1, 2)):  # 2 samples of epoch 1 complete the batch that epoch 0 began
+        generator = torch.Generator().manual_seed(epoch)
+        permutation = torch.randperm(number, generator=generator).tolist()
+        whole, expected = permutation[head : head + 1300], []
+        for at in (0, 640, 1280):
+            block = sorted(whole[at : at + 640], key=lambda i: lengths[i])
+            expected += [tuple(block[i : i + G]) for i in range(0, len(block), G)]
+        ours = order[epoch * number : (epoch + 1) * number]
+        assert ours[:head] == permutation[:head] and ours[head + 1300 :] == permutation[head + 1300 :]
+        ours = [tuple(ours[i : i + G]) for i in range(head, head + 1300, G)]
+        assert sorted(ours) == sorted(expected) and ours != expected
+        means = np.array([lengths[list(batch)].mean() for batch in ours])
+        assert abs(np.corrcoef(means, np.arange(130))[0, 1]) < 0.3  # short and long ones are mixed in time
+
+
+def test_grouping_by_length_saves_padding():
+    """The share of padding in micro-batches of 4, of a global batch of 128, by an estimate 20 % off."""
+    lengths, share = like_real_lengths(20_000), {}
+    text = lengths % 729  # of a picture's tokens the estimate is exact
+    estimate = lengths - text + text * np.random.default_rng(1).uniform(0.8, 1.2, len(text))
+    for name, grouping in (("plain", None), ("grouped", estimate)):
+        batches = batches_of(20_000, 156, 8, 4, 1, 4, seed=0, lengths=grouping)
+        sums = np.array([[lengths[batch].sum(), 4 * lengths[batch].max()] for batch in batches]).sum(0)
+        share[name] = 1 - sums[0] / sums[1]
+    print(share)
+    assert share["plain"] > 0.15 and share["grouped"] < 0.06, share

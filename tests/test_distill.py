@@ -777,3 +777,12 @@ def test_attention_gradient_stops_at_the_highest_matched_layer():
     assert silent(student.lm.lm_head) and silent(student.lm.model.norm) and silent(student.adapter.teacher)
     assert not silent(student.adapter.student)  # P_s learns where to put the picture's tokens
     assert silent(teacher)
+
+
+def test_taf_of_an_adapter_kept_in_bfloat16():
+    """P_t frozen in bfloat16, P_s trained in float32: P_s maps what P_t gave, in its own precision."""
+    torch.manual_seed(0)
+    taf = distill.TeacherAdapterFetch(torch.nn.Linear(6, 5).bfloat16(), 5, 4)
+    z = torch.randn(2, 3, 6, dtype=torch.bfloat16)
+    assert taf(z).dtype == torch.float32
+    torch.testing.assert_close(taf(z), F.linear(taf.teacher(z).float(), taf.student.weight, taf.student.bias))

@@ -176,7 +176,9 @@ def test_saved_and_loaded_again_is_the_same_model(layout, variant, tmp_path):
         return
     vlm.save(tmp_path / "saved", layout)
     assert os.listdir(tmp_path) == ["saved"]  # and nothing temporary beside it
-    assert sorted(os.listdir(tmp_path / "saved")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    files = {"config.json", "model.safetensors", "tokenizer.json"}
+    theirs = {"preprocessor_config.json", "tokenizer_config.json"} if layout == "released" else set()
+    assert set(os.listdir(tmp_path / "saved")) == files | theirs
     loaded = model.load(tmp_path / "saved")
     assert loaded.config == vlm.config
     assert loaded.tokenizer.to_str() == vlm.tokenizer.to_str()
@@ -405,6 +407,40 @@ def test_visual_tokens_of_another_number_are_an_error(number):
     """For instance those of a teacher that keeps all patches, given to a student that drops the first."""
     with pytest.raises(ValueError):
         tiny()(torch.tensor([[1, *PICTURE, 2]]), visual_tokens=torch.randn(1, number, 32))
+
+
+# A frozen part in bfloat16 beside a trained one in float32, and the other way about.
+MIXED = {
+    "vision, adapter": dict(vision=torch.bfloat16, adapter=torch.bfloat16),
+    "vision": dict(vision=torch.bfloat16),
+    "language model": dict(lm=torch.bfloat16),
+    "adapter": dict(adapter=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("mixed", MIXED)
+@torch.no_grad()
+def test_each_part_computes_in_its_own_dtype(mixed, tmp_path):
+    """Against each part called alone on what the one before gave, cast."""
+    vlm = tiny(tiny_tokenizer())
+    for name, dtype in MIXED[mixed].items():
+        getattr(vlm, name).to(dtype)
+    vision, adapter, lm = (next(part.parameters()).dtype for part in (vlm.vision, vlm.adapter, vlm.lm))
+    z = vlm.vision(PIXELS[:1].to(vision), layer=-2)
+    for given in (PIXELS[:1], PIXELS[:1].to(torch.bfloat16).to(vision)):
+        assert vlm.image_features(given).dtype == vlm.image_features(None).dtype == vision
+    assert torch.equal(vlm.image_features(PIXELS[:1]), z)
+    tokens = vlm.adapter.linear_2(torch.nn.functional.gelu(vlm.adapter.linear_1(z.to(adapter))))
+    assert tokens.dtype == adapter
+    table = vlm.lm.model.embed_tokens.weight
+    embeds = torch.cat([table[[1, 2]], tokens[0].to(lm), table[[3, 4]]])[None]
+    ids = torch.tensor([[1, 2, *PICTURE, 3, 4]])
+    logits = vlm(ids, PIXELS[:1]).logits
+    assert logits.dtype == lm and torch.equal(logits, vlm.lm(inputs_embeds=embeds).logits)
+    first = vlm.generate(ids, PIXELS[:1], max_new_tokens=NEW)[:, 0]
+    assert first.tolist() == logits[:, -1].argmax(-1).tolist()
+    Image.effect_noise((40, 20), 90).save(tmp_path / "noise.png")
+    assert isinstance(vlm.answer(tmp_path / "noise.png", "What?", max_new_tokens=2), str)
 
 
 # ---------------------------------------------------------------- generation

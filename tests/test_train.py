@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import data
 import model
+import recipes
 import train
 from tiny.students import STUDENTS
 from tiny.world import make_world
@@ -49,6 +50,11 @@ def stage(out, world, *flags, ranks=1, stage=1):
     code, text = run(ROOT / "train.py", "--stage", stage, "--lr", LR, *where, *flags, ranks=ranks)
     assert code == 0, text
     return read_log(out / "student" / f"stage{stage}.jsonl")
+
+
+def stage_2(argv):
+    """The arguments of a stage 2 on one rank."""
+    return recipes.for_stage("2", train.parse_args(argv), ranks=1)
 
 
 def read_log(file):
@@ -215,7 +221,7 @@ def test_a_step_is_the_whole_matrix_form(one_rank, world, monkeypatch, flags, ch
         samples.append({"input_ids": ids, "labels": labels})
     samples[-1]["pixel_values"] = samples[0]["pixel_values"]  # a picture in a later turn
     batch = data.collate(samples)
-    args = train.parse_args(["--stage", "2", *flags.split()])
+    args = stage_2(["--stage", "2", *flags.split()])
     step = train.Step(student, teacher, "2", args)
     loss, terms = step(batch, step.counts(batch))
     names, parameters = zip(*[(n, p) for n, p in student.named_parameters() if p.requires_grad])
@@ -256,9 +262,9 @@ def test_a_step_is_the_whole_matrix_form(one_rank, world, monkeypatch, flags, ch
 
 def test_memory_and_compile_flags_reach_the_models(one_rank):
     student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
-    assert not train.Step(student, teacher, "2", train.parse_args(["--stage", "2"])).student.lm.checkpointing
+    assert not train.Step(student, teacher, "2", stage_2(["--stage", "2"])).student.lm.checkpointing
     flags = ["--stage", "2", "--gradient-checkpointing", "--compile"]
-    train.Step(student, teacher, "2", train.parse_args(flags))
+    train.Step(student, teacher, "2", stage_2(flags))
     assert student.lm.checkpointing and not teacher.lm.checkpointing
     towers = student.lm.model, teacher.lm.model, student.vision.encoder
     assert all(layer._compiled_call_impl is not None for tower in towers for layer in tower.layers)
@@ -273,7 +279,7 @@ def test_frozen_parts_run_once(one_rank, world):
     calls = []
     for part in (teacher.vision, teacher.adapter):
         part.register_forward_hook(lambda module, *_: calls.append(module))
-    step = train.Step(student, teacher, "2", train.parse_args(["--stage", "2"]))
+    step = train.Step(student, teacher, "2", stage_2(["--stage", "2"]))
     step(batch, step.counts(batch))
     assert calls == [teacher.vision, teacher.adapter]
 
@@ -289,15 +295,15 @@ def test_every_method_flag_reaches_the_loss(one_rank, world):
              "--vat-loss released"]  # fmt: skip
     values = {}
     for flag in flags:
-        args = train.parse_args(["--stage", "2", *flag.split()])
+        args = stage_2(["--stage", "2", *flag.split()])
         step = train.Step(model.load(out / "student/stage1"), teacher, "2", args)
         values[flag] = step(batch, step.counts(batch))[1]["adl"].item()
     assert all(0 < value < 5 for value in values.values()), values
     assert len({round(value, 6) for value in values.values()}) == len(flags), values
-    released = train.parse_args("--stage 2 --method released --layers intermediate".split())
+    released = stage_2("--stage 2 --method released --layers intermediate".split())
     shifted, unshifted = (
         train.Step(model.load(out / "student/stage1"), teacher, "2", args)(batch, torch.ones(2))[1]["kl"]
-        for args in (train.parse_args(["--stage", "2"]), released)
+        for args in (stage_2(["--stage", "2"]), released)
     )
     assert shifted.item() != pytest.approx(unshifted.item(), rel=1e-3)
 
@@ -459,11 +465,11 @@ def test_learning_rate_warms_up_and_ends_at_zero():
 
 
 def test_global_batches_do_not_depend_on_ranks():
-    one = list(train.batches_of(10, steps=6, accumulation=1, size=4, rank=0, ranks=1, seed=3))
+    one = list(data.batches_of(10, steps=6, accumulation=1, size=4, rank=0, ranks=1, seed=3))
     flat = [index for batch in one for index in batch]
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]  # epochs
     parts = [
-        list(train.batches_of(10, steps=6, accumulation=2, size=1, rank=r, ranks=2, seed=3)) for r in range(2)
+        list(data.batches_of(10, steps=6, accumulation=2, size=1, rank=r, ranks=2, seed=3)) for r in range(2)
     ]
     again = [parts[r][2 * step + micro][0] for step in range(6) for micro in range(2) for r in range(2)]
     assert again == flat
@@ -499,7 +505,7 @@ def test_readme_speaks_of_what_there_is():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
-    source = "".join((ROOT / file).read_text() for file in ("train.py", "eval.py", "tests/bench.py"))
-    known = set(re.findall(r'"(--[\w-]+)"', source))
+    source = "".join((ROOT / file).read_text() for file in ("recipes.py", "eval.py", "model.py", "tests/bench.py"))
+    known = set(re.findall(r"\"(--[\w-]+)\"", source))
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--nproc-per-node", "--help"}
     assert shown and {option.replace("--no-taf", "--taf") for option in shown} <= known, shown - known

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import eval as evaluation
 import model
+import recipes
 import train
 from checkpoint import BadInput, sentence
 from tiny.world import make_world
@@ -27,17 +28,17 @@ STUDENTS = {
 
 def train_students(args: argparse.Namespace) -> None:
     """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
-    for name in STUDENTS:
-        if (args.out / name).exists():
-            raise BadInput(f"{args.out / name} exists already; remove it, or choose another --out")
+    if (args.out / "results.json").exists():
+        raise BadInput(f"{args.out} exists already and is complete; remove it, or choose another --out")
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
     spawn = torch.multiprocessing.get_context("spawn")
     common = ["--stage", "1", "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
-    share = (args.steps or train.STAGES["2"]["steps"]) / train.STAGES["2"]["steps"]
-    steps = {stage: max(1, round(share * train.STAGES[stage]["steps"])) for stage in "123"}
+    recipe = recipes.RECIPES["tiny"]
+    share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
+    steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
     waiting = {}
     for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
         print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")
@@ -84,7 +85,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         scores = evaluation.tiny_scores(student, args.out / "world")
         scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, train.Stopped):
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"{args.name}: {sentence(error)}")

@@ -1,0 +1,123 @@
+"""What a run says: a line and a JSON row per logged step, bad samples, and the batch that gave NaN.
+
+out/name/stage2.jsonl       step, every loss term (unweighted), lr, grad_norm, rates, padding, memory, eta
+            stage2.bad.jsonl   samples that --skip-bad-samples passed over
+            stage2.nan-rank0.json   the batch after which a loss or the gradient was not finite
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from resume import barrier, rank_and_ranks, write_atomically
+
+
+class Log:
+    """The log of one run from step `start` on. What an earlier process logged beyond that is cut off."""
+
+    def __init__(self, run: Path, start: int, args: argparse.Namespace):
+        self.rank, self.args, self.start = rank_and_ranks()[0], args, start
+        self.file, self.bad_file = (run.with_suffix(suffix) for suffix in (".jsonl", ".bad.jsonl"))
+        self.nan_file = run.with_suffix(f".nan-rank{self.rank}.json")
+        if self.rank == 0:
+            for file in (self.file, self.bad_file):
+                drop_rows_after(file, start)
+        barrier()
+        self.bar = tqdm(
+            total=args.steps,
+            initial=start,
+            desc=f"{args.name} {run.stem}",
+            disable=self.rank != 0 or args.quiet,
+            dynamic_ncols=True,
+        )
+        self.began = self.since = time.time()
+        self.samples = self.tokens = self.places = 0
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()  # before anything else is printed
+
+    def count(self, samples: int, tokens: int, places: int) -> None:
+        """One step more, of all ranks: tokens without, places with padding."""
+        self.samples += samples
+        self.tokens += tokens
+        self.places += places
+        self.bar.update()
+
+    def row(self, step: int, losses: dict[str, float], lr: float, norm: float, bad: int) -> None:
+        """Write and print step's row; rates are means since the row before."""
+        now = time.time()
+        seconds, elapsed = max(now - self.since, 1e-9), now - self.began
+        row = {
+            "step": step,
+            **losses,
+            "lr": lr,
+            "grad_norm": norm,
+            "samples_per_s": round(self.samples / seconds, 2),
+            "tokens_per_s": round(self.tokens / seconds, 1),
+            "padding": round(1 - self.tokens / max(self.places, 1), 4),
+            "memory_gb": round(peak_memory() / 1e9, 3),
+            "bad": bad,
+            "seconds": round(elapsed, 2),
+            "eta": round(elapsed / (step - self.start) * (self.args.steps - step)),
+        }
+        self.since, self.samples, self.tokens, self.places = now, 0, 0, 0
+        if self.rank:
+            return
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if not self.args.quiet:
+            terms = "  ".join(f"{name} {value:8.4f}" for name, value in losses.items())
+            tqdm.write(
+                f"step {step:>6}/{self.args.steps}  {terms}  lr {lr:.2e}  norm {norm:8.3f}  "
+                f"{row['samples_per_s']:7.1f} samples/s  {row['tokens_per_s']:9.0f} tokens/s  "
+                f"padding {100 * row['padding']:4.1f} %  {row['memory_gb']:6.2f} GB  "
+                f"eta {row['eta'] // 3600}:{row['eta'] // 60 % 60:02}:{row['eta'] % 60:02}"
+            )
+
+    def bad_samples(self, batches: list[dict], step: int) -> None:
+        """Note what was passed over (every rank its own, in one file)."""
+        for sentence in [text for batch in batches for text in batch["replaced"]]:
+            tqdm.write(f"skipped: {sentence}", file=sys.stderr)
+            with open(self.bad_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "skipped": sentence}) + "\n")
+
+    def not_finite(self, step: int, losses: dict, norm: float, batches: list[dict]) -> str:
+        """Write down which samples were in the step -> the sentence to stop with."""
+        ids = [batch["ids"] for batch in batches]
+        values = {name: str(value) for name, value in {**losses, "grad_norm": norm}.items()}
+        write_atomically(self.nan_file, json.dumps({"step": step, **values, "ids": ids}, indent=1))
+        return (
+            f"a loss or the gradient is not finite at step {step} ({values}); {self.nan_file} has the "
+            "samples of that step: look at them, or lower --lr"
+        )
+
+
+def peak_memory() -> int:
+    """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Cut a log back to the step that a run goes on from."""
+    if file.exists():
+        rows = [line for line in file.read_text().splitlines() if _is_row_until(line, step)]
+        write_atomically(file, "".join(line + "\n" for line in rows))
+
+
+def _is_row_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # the last line of a process that was killed while it wrote
+        return False

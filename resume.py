@@ -1,0 +1,209 @@
+"""The state of an unfinished run: saved while it trains, and found again after whatever stopped it.
+
+    out/name/stage2.run/run.json        which run this is: its arguments, models and data
+                        step-00000500/  trained weights, AdamW's moments, state.json (step and counters)
+                        latest          the name of the newest save
+    out/name/stage2/                    the finished model, a checkpoint folder; the saves are then removed
+
+A save is written under a temporary name by all ranks, then renamed: it is there whole or not at all. Nothing
+else has to be kept: the learning rate, the order of the data and every random number are functions of the
+seed and the step (train.py).
+
+Tensors go through torch.distributed.checkpoint, so that what 4 ranks saved 2 can load. Its .metadata file is
+a pickle, which can run code when it is opened: saves are read only from this program's own run folder. Do not
+take over a run folder from a stranger; finished models are safetensors and safe.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from checkpoint import BadInput, weight_files
+
+
+def rank_and_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+# ---------------------------------------------------------------- which run is this
+
+
+def fingerprint(folder: Path) -> str:
+    """Tells one checkpoint folder from another: its config, and size, beginning and end of its weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name} {size}".encode() + handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+def check_writable(folder: Path, needed: int = 0) -> None:
+    """A folder that can be made and written, on a disk with `needed` bytes free; else one sentence."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another --out") from None
+    if free < needed:
+        raise BadInput(
+            f"{folder} has {free / 1e9:.1f} GB free, and this run's saves and model need {needed / 1e9:.1f}; "
+            "free space, lower --keep or choose another --out"
+        )
+
+
+def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
+    """Make or find the run folder -> whether the run has finished. One of another run is refused."""
+    file = run / "run.json"
+    if not file.exists() and model_folder.exists():
+        raise BadInput(f"{model_folder} exists already; remove it, or choose another --out or --name")
+    if file.exists():
+        try:
+            other = json.loads(file.read_text())
+            different = [key for key in {**other, **identity} if other.get(key) != identity.get(key)]
+        except (ValueError, TypeError, AttributeError):
+            raise BadInput(f"{file} is damaged; remove {run}, or choose another --out or --name") from None
+        if different:
+            there, here = ({key: run.get(key) for key in different} for run in (other, identity))
+            raise BadInput(
+                f"{run} exists already and belongs to another run ({there} there, {here} here); "
+                "repeat its arguments to go on with it, remove it, or choose another --out or --name"
+            )
+    elif rank_and_ranks()[0] == 0:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(identity, indent=1))
+    finished = model_folder.exists()
+    barrier()
+    if rank_and_ranks()[0] == 0:
+        for leftover in [*run.glob(".*.writing"), *(run.glob("step-*") if finished else ())]:
+            shutil.rmtree(leftover, ignore_errors=True)
+    return finished
+
+
+def write_atomically(file: Path, text: str) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+# ---------------------------------------------------------------- saves
+
+
+def state_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, dict[str, Tensor]]:
+    """Everything that training changes, by name; AdamW's moments are made (0) where they do not exist yet."""
+    tensors = {"weights": {}, "exp_avg": {}, "exp_avg_sq": {}}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+        tensors["weights"][name] = parameter.detach()
+        tensors["exp_avg"][name], tensors["exp_avg_sq"][name] = state["exp_avg"], state["exp_avg_sq"]
+    return tensors
+
+
+def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict, keep: int) -> None:
+    """Save what `load` needs to go on from state["step"], and keep the newest `keep` saves. All ranks call.
+    """
+    rank, ranks = rank_and_ranks()
+    folder = run / f"step-{state['step']:08}"
+    if is_whole(folder):
+        return
+    temporary = run / f".{folder.name}.writing"
+    try:
+        if rank == 0:
+            for old in (temporary, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            temporary.mkdir()
+        barrier()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "not distributed, assuming one process": indeed
+            dcp.save(state_tensors(module, optimizer), checkpoint_id=temporary, no_dist=ranks == 1)
+        if rank == 0:
+            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+            write_atomically(temporary / "state.json", json.dumps({**state, "files": sizes}))
+            os.replace(temporary, folder)
+            write_atomically(run / "latest", folder.name)
+            for old in sorted(run.glob("step-*"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, dcp.api.CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise BadInput(
+            f"{folder} could not be written ({reason}); free space and repeat the command: "
+            "it goes on from the save before"
+        ) from None
+    barrier()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a save is there in its full length."""
+    try:
+        sizes = json.loads((folder / "state.json").read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | None:
+    """Fill module and optimizer from the newest whole save -> its state, or None where there is none."""
+    latest = (run / "latest").read_text().strip() if (run / "latest").exists() else ""
+    names = sorted((folder.name for folder in run.glob("step-*")), reverse=True)
+    for name in sorted(names, key=lambda name: name != latest):  # what `latest` names, then the newest
+        if is_whole(run / name):
+            break
+        if rank_and_ranks()[0] == 0:
+            print(f"{run / name} is not whole and is passed over")
+    else:
+        return None
+    tensors = state_tensors(module, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(tensors, checkpoint_id=run / name, no_dist=rank_and_ranks()[1] == 1)
+    state = json.loads((run / name / "state.json").read_text())
+    for values in optimizer.state.values():
+        values["step"].fill_(state["step"])
+    return state
+
+
+def remove_saves(run: Path) -> None:
+    """After the model has been written: the saves are needed no more."""
+    if rank_and_ranks()[0] == 0:
+        for folder in run.glob("step-*"):
+            shutil.rmtree(folder, ignore_errors=True)
+        (run / "latest").unlink(missing_ok=True)
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict on the CPU of rank 0 (empty on the others), sharded tensors put together. All ranks
+    call.
+    """
+    whole = {}
+    for name, tensor in module.state_dict().items():
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if rank_and_ranks()[0] == 0:
+            whole[name] = tensor.detach().cpu()
+    return whole

@@ -1,0 +1,523 @@
+"""A run's life: it resumes to the same bits, survives kills and signals, keeps to its folder, says what it
+does.
+
+Real processes. `slow`: kills at random moments, and the matrix of ranks, engines and accumulation.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import model
+import recipes
+import resume
+import train
+from qwen import Qwen
+from tiny.world import make_world
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """As in the processes that this file starts: sums are the same to the bit, and small models are faster.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+ROOT = Path(train.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A small tiny world in which two pictures of forty are broken."""
+    folder = make_world(tmp_path_factory.mktemp("tiny") / "world", tune=40, pretrain=16, per_kind=2)
+    for name, cut in (("tune-3", 50), ("tune-17", 0)):
+        file = folder / "images" / f"{name}.png"
+        file.write_bytes(file.read_bytes()[:cut])
+    teacher, lm = model.load(train.TINY / "teacher"), Qwen.load(train.TINY / "student")
+    model.VLM.assemble(teacher.vision, lm, teacher.tokenizer, teacher, taf=True).save(folder / "student")
+    return folder
+
+
+def command(world, out, *flags):
+    """Stage 2 of a student with a new P_s."""
+    where = ["--data", world / "tune.json", "--images", world / "images", "--out", out, "--name", "x"]
+    start = ["--stage", 2, "--student", world / "student", "--lr", 1e-4, "--log-every", 1]
+    skip = ["--skip-bad-samples", "--max-bad-share", 0.5]
+    return list(map(str, [*start, *where, *skip, *flags]))
+
+
+def run(argv, ranks=0, expect=0):
+    """train.py in a process of its own, under torchrun where there are ranks -> its output."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher = launcher if ranks else [sys.executable]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "train.py"), *argv],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        timeout=300,
+    )
+    text = done.stdout + done.stderr
+    assert done.returncode == expect, text
+    return text
+
+
+def rows(out, name="stage2.jsonl"):
+    file = out / "x" / name
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+LOSSES = ("step", "lm", "kl", "adl", "lr", "grad_norm", "bad")
+
+
+def same_run(one, other):
+    """The same weights to the bit, and the same log but for the clock."""
+    ours, theirs = (load_file(out / "x/stage2/model.safetensors") for out in (one, other))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert [[row[key] for key in LOSSES] for row in rows(one)] == [
+        [row[key] for key in LOSSES] for row in rows(other)
+    ]
+    assert rows(one, "stage2.bad.jsonl") == rows(other, "stage2.bad.jsonl")
+
+
+HARD = "--steps 40 --batch-size 2 --accumulation 2 --tune lora --lora-rank 4 --lora-dropout 0.1".split()
+
+
+@pytest.mark.parametrize("workers, more", [(0, ()), (2, ("--group-by-length",))], ids=["", "workers"])
+def test_forty_steps_are_twenty_and_twenty(world, tmp_path, workers, more):
+    """To the bit, with accumulation, LoRA, dropout, workers, skipped samples, over several epochs. A process
+    that stops after step 33 without a save (it is killed) must not leave its rows in the log either.
+    """
+    flags = (*HARD, "--workers", workers, *more)
+    for out, stops in ((tmp_path / "whole", ()), (tmp_path / "parts", (20,))):
+        for stop in stops:
+            train.main(command(world, out, *flags, "--stop-after", stop))
+            assert not (out / "x/stage2").exists() and rows(out)[-1]["step"] == stop
+            log = out / "x/stage2.jsonl"
+            log.write_text(log.read_text() + '{"step": 21, "lm": 0}\n{"step": 22, "l')
+        train.main(command(world, out, *flags))
+    assert [row["step"] for row in rows(tmp_path / "parts")] == list(range(1, 41))
+    assert rows(tmp_path / "parts", "stage2.bad.jsonl"), "the broken pictures came up and were noted"
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_dropout_and_order_depend_on_the_seed(world, tmp_path):
+    for seed in (0, 1):
+        train.main(command(world, tmp_path / str(seed), *HARD, "--steps", 2, "--seed", seed))
+    assert rows(tmp_path / "0")[0]["lm"] != rows(tmp_path / "1")[0]["lm"]
+
+
+def test_a_run_that_has_finished_stays_as_it_is(world, tmp_path, capsys):
+    argv = command(world, tmp_path, "--steps", 2, "--batch-size", 2)
+    train.main(argv)
+    file = tmp_path / "x/stage2/model.safetensors"
+    before = file.read_bytes(), file.stat().st_mtime_ns
+    train.main(argv)
+    assert "finished already" in capsys.readouterr().out
+    assert (file.read_bytes(), file.stat().st_mtime_ns) == before
+    assert not list((tmp_path / "x/stage2.run").glob("step-*")), "saves of a finished run are removed"
+
+
+@pytest.mark.parametrize(
+    "changed, named",
+    [(["--lr", 2e-4], "lr"), (["--steps", 9], "steps"), (["--vat-rows"], "vat_rows"), (["--seed", 5], "seed"),
+     (["--batch-size", 4], "global_batch"), (["--teacher", "other"], "teacher"), (["--max-length", 99],
+     "max_length")],
+)  # fmt: skip
+def test_a_folder_of_another_run_is_refused(world, tmp_path, changed, named):
+    """Before any work, with what is different, and what was saved stays; the same arguments do go on."""
+    flags = ["--steps", 6, "--batch-size", 2]
+    train.main(command(world, tmp_path, *flags, "--stop-after", 2))
+    if changed == ["--teacher", "other"]:
+        other = model.load(train.TINY / "teacher")
+        other.lm.model.norm.weight.data *= 1.5
+        other.save(tmp_path / "other")
+        changed = ["--teacher", tmp_path / "other"]
+    saved = (tmp_path / "x/stage2.run/latest").read_text()
+    with pytest.raises(SystemExit, match=f"belongs to another run.*{named}"):
+        train.main(command(world, tmp_path, *flags, *changed))
+    assert (tmp_path / "x/stage2.run/latest").read_text() == saved and not (tmp_path / "x/stage2").exists()
+    free = ["--workers", 1, "--save-every", 3, "--log-every", 1, "--gradient-checkpointing"]
+    train.main(command(world, tmp_path, *flags, *free))
+    assert rows(tmp_path)[-1]["step"] == 6
+
+
+def test_how_the_work_is_cut_may_change_between_runs(world, tmp_path):
+    """Stopped with 2 x 4 samples a step, gone on with 4 x 2: the same run, to rounding."""
+    flags = ["--steps", 6]
+    train.main(command(world, tmp_path / "a", *flags, "--batch-size", 8))
+    train.main(
+        command(world, tmp_path / "b", *flags, "--batch-size", 4, "--accumulation", 2, "--stop-after", 3)
+    )
+    train.main(command(world, tmp_path / "b", *flags, "--batch-size", 2, "--accumulation", 4))
+    close_run(tmp_path / "a", tmp_path / "b")
+
+
+def damage(folder, how):
+    if how == "cut":
+        file = next(folder.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "no state":
+        (folder / "state.json").unlink()
+    elif how == "half a state":
+        (folder / "state.json").write_text('{"step": ')
+    else:
+        (folder / ".metadata").unlink()
+
+
+@pytest.mark.parametrize("how", ["cut", "no state", "half a state", "no metadata"])
+def test_a_half_written_save_is_passed_over(world, tmp_path, how, capsys):
+    flags = ["--steps", 8, "--batch-size", 2, "--save-every", 2]
+    train.main(command(world, tmp_path / "whole", *flags))
+    train.main(command(world, tmp_path / "parts", *flags, "--stop-after", 6))
+    run_folder = tmp_path / "parts/x/stage2.run"
+    assert [folder.name for folder in sorted(run_folder.glob("step-*"))] == ["step-00000004", "step-00000006"]
+    damage(run_folder / "step-00000006", how)
+    leftover = run_folder / ".step-00000008.writing"
+    leftover.mkdir()
+    capsys.readouterr()
+    train.main(command(world, tmp_path / "parts", *flags))
+    said = capsys.readouterr().out
+    assert "step-00000006 is not whole" in said and "of which 4 are done" in said
+    assert not leftover.exists()
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def start(argv, ranks=0):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.Popen(
+        [*(launcher if ranks else [sys.executable]), str(ROOT / "train.py"), *argv],
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(out, step, process):
+    limit = time.time() + 60
+    while not any(row["step"] >= step for row in rows(out)[:-1]):
+        assert process.poll() is None and time.time() < limit, process.communicate()[0]
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_exits_0(world, tmp_path, number, ranks):
+    """Whole process groups are signalled, as schedulers and terminals do: loader workers, too."""
+    batch = 4 // max(ranks, 1)
+    flags = ["--steps", 400, "--batch-size", batch, "--workers", 1, "--save-every", 1000]
+    argv = command(world, tmp_path, *flags)
+    process = start(argv, ranks)
+    wait_for_step(tmp_path, 3, process)
+    process.send_signal(number)
+    if not ranks:
+        children = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+        ).stdout.split()
+        for child in children:
+            os.kill(int(child), number)
+    text, _ = process.communicate(timeout=30)
+    assert "stopped after step" in text and "train.py\"" not in text, text  # no traceback of ours
+    assert ranks or process.returncode == 0, text  # torchrun itself reports the signal
+    step = json.loads((tmp_path / "x/stage2.run" / latest(tmp_path) / "state.json").read_text())["step"]
+    assert step >= 3 and not (tmp_path / "x/stage2").exists()
+    text = run([*argv, "--stop-after", str(step + 1)], ranks)
+    assert f"of which {step} are done" in text
+
+
+def latest(out):
+    return (out / "x/stage2.run/latest").read_text()
+
+
+def test_a_second_signal_ends_at_once(world, tmp_path):
+    """While the first one waits for a step that does not end."""
+    program = (
+        f"import os, signal, sys, threading, time; sys.path.insert(0, {str(ROOT)!r}); import train\n"
+        "with train.signals_ask_to_stop() as asked:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); assert len(asked) == 1\n"
+        "    os.kill(os.getpid(), signal.SIGTERM); print('still here', flush=True)\n"  # passed on twice
+        "    time.sleep(1.1); os.kill(os.getpid(), signal.SIGTERM); print('never')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == "still here\n", done
+
+
+def test_log_rows_say_everything(world, tmp_path, capsys):
+    train.main(command(world, tmp_path, "--steps", 3, "--batch-size", 4, "--accumulation", 2))
+    printed = capsys.readouterr().out + capsys.readouterr().err
+    assert "global batch: 1 ranks x 4 x 2 = 8" in printed
+    for row in rows(tmp_path):
+        assert {*LOSSES, "samples_per_s", "tokens_per_s", "padding", "memory_gb", "eta"} <= row.keys()
+        assert (
+            row["samples_per_s"] > 0 and row["tokens_per_s"] > row["samples_per_s"] and row["memory_gb"] > 0.1
+        )
+        assert 0 <= row["padding"] < 0.5
+    assert rows(tmp_path)[-1]["eta"] == 0
+
+
+def test_nan_stops_with_the_samples_written_down(world, tmp_path):
+    """A loss that overflows: the step is not taken, the file names the samples of the batch."""
+    broken = model.load(world / "student")
+    broken.lm.model.norm.weight.data *= 1e38
+    broken.save(tmp_path / "broken")
+    argv = command(world, tmp_path, "--steps", 3, "--batch-size", 4, "--student", tmp_path / "broken")
+    with pytest.raises(SystemExit, match="not finite at step 1.*nan-rank0.json"):
+        train.main(argv)
+    report = json.loads((tmp_path / "x/stage2.nan-rank0.json").read_text())
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()[:4]
+    assert report["step"] == 1 and report["ids"] == [[f"tune-{i}" for i in order]]
+
+
+def test_bad_samples_stop_the_run_or_are_counted(world, tmp_path):
+    argv = command(world, tmp_path / "a", "--steps", 20, "--batch-size", 4)
+    strict = [flag for flag in argv if flag != "--skip-bad-samples"]
+    with pytest.raises(SystemExit, match="record 'tune-(3|17)': .*cannot be read as a picture"):
+        train.main(strict)
+    argv = command(world, tmp_path / "b", "--steps", 20, "--batch-size", 4)
+    train.main(argv)
+    skipped = rows(tmp_path / "b", "stage2.bad.jsonl")
+    assert len(skipped) == 4 == rows(tmp_path / "b")[-1]["bad"]  # two epochs, two broken pictures
+    assert {name for row in skipped for name in ("tune-3", "tune-17") if name in row["skipped"]} == {
+        "tune-3",
+        "tune-17",
+    }
+    argv = command(world, tmp_path / "c", "--steps", 20, "--batch-size", 4, "--max-bad-share", 0.001)
+    with pytest.raises(
+        SystemExit, match="--max-bad-share 0.001"
+    ):  # of 1000 samples, as long as there are fewer
+        train.main(argv)
+
+
+@pytest.mark.parametrize("kind", ["a file in the way", "not writable", "no space", "full while saving"])
+def test_an_output_that_cannot_be_written_is_one_sentence(world, tmp_path, kind, monkeypatch):
+    out = tmp_path / "out"
+    argv = command(world, out, "--steps", 4, "--batch-size", 2, "--save-every", 2)
+    usage = SimpleNamespace(free=1000)  # bytes: less than a save needs, so that nothing is begun
+    if kind == "a file in the way":
+        out.write_text("")
+    elif kind == "not writable":
+        argv[argv.index(str(out))] = "/proc/out"
+    elif kind == "no space":
+        monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: usage)
+    else:  # a limit on the size of a file is what a full disk looks like to a process
+        program = "import resource as r, train; r.setrlimit(r.RLIMIT_FSIZE, (100_000,) * 2); train.main()"
+        done = subprocess.run(
+            [sys.executable, "-c", program, *argv],
+            capture_output=True,
+            text=True,
+            env=ENVIRONMENT,
+            timeout=120,
+        )
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and "could not be written" in last and "step-00000002" in last, last
+        assert not (out / "x/stage2").exists() and not list(out.glob("x/stage2.run/step-*"))
+        train.main(argv)  # with space again it goes on, from the beginning
+        assert rows(out)[-1]["step"] == 4
+        return
+    with pytest.raises(SystemExit, match="^error: .*(cannot be written|GB free)"):
+        train.main(argv)
+
+
+def test_the_global_batch_is_checked():
+    def resolve(flags, ranks):
+        argv = ["--stage", "2", "--recipe", "paper", "--data", "x", "--images", "y", *flags.split()]
+        return recipes.for_stage("2", train.parse_args(argv), ranks)
+
+    assert resolve("", 8).accumulation == 4 and resolve("", 8).global_batch == 128
+    assert resolve("--batch-size 16", 8).accumulation == 1
+    assert resolve("--accumulation 2 --global-batch 64", 8).global_batch == 64
+    with pytest.raises(ValueError, match="3 ranks x --batch-size 4 .* = 120, not the global batch of 128"):
+        resolve("", 3)
+    with pytest.raises(ValueError, match="= 256, not the global batch of 128"):
+        resolve("--accumulation 8", 8)
+
+
+def test_the_papers_recipe():
+    """method.md, section 5: the table of stages."""
+    argv = ["--recipe", "paper", "--data", "x", "--images", "y", "--stage"]
+    table = {
+        "0a": (1e-3, 256, 2048, 0.0), "0b": (2e-4, 128, 2048, 0.05), "1": (2e-4, 256, 1536, 0.0),
+        "2": (2e-4, 128, 1536, 0.0), "3": (2e-4, 192, 1536, 0.05),
+    }  # fmt: skip
+    for stage, numbers in table.items():
+        args = recipes.for_stage(stage, train.parse_args([*argv, stage]), ranks=8)
+        assert (args.lr, args.global_batch, args.max_length, args.lora_dropout) == numbers, stage
+        assert (args.epochs, args.steps, args.tune, args.lora_rank, args.lora_alpha) == (
+            1,
+            None,
+            "lora",
+            128,
+            256,
+        )
+        assert args.precision == "bf16" and args.gradient_checkpointing
+    args = recipes.for_stage("2", train.parse_args([*argv, "2", "--tune", "full", "--steps", "7"]), 8)
+    assert args.lr == 2e-5 and args.steps == 7 and args.epochs is None
+    args = recipes.for_stage("2", train.parse_args([*argv, "2", "--tune", "full", "--lr", "1e-3"]), 8)
+    assert args.lr == 1e-3
+
+
+def test_bf16_keeps_what_is_trained_in_float32(world, tmp_path):
+    """Frozen weights in bfloat16, trained ones and AdamW's moments in float32, losses near those of float32.
+    """
+    train.main(command(world, tmp_path / "32", "--steps", 4, "--batch-size", 8))
+    argv = command(world, tmp_path / "16", "--steps", 4, "--batch-size", 8, "--precision", "bf16")
+    train.main([*argv, "--stop-after", "2"])
+    train.main(argv)
+    for a, b in zip(rows(tmp_path / "32"), rows(tmp_path / "16")):
+        for name in ("lm", "kl", "adl"):
+            assert a[name] != b[name] and a[name] == pytest.approx(b[name], rel=0.03, abs=0.01), name
+    weights = load_file(tmp_path / "16/x/stage2/model.safetensors")
+    for name, tensor in weights.items():
+        assert tensor.dtype == (torch.bfloat16 if name.startswith("vision.") else torch.float32), name
+    assert torch.isfinite(model.load(tmp_path / "16/x/stage2").lm(torch.arange(9)[None]).logits).all()
+
+
+def test_fsdp_without_torchrun_is_refused(world, tmp_path):
+    with pytest.raises(SystemExit, match="torchrun"):
+        train.main(command(world, tmp_path, "--steps", 1, "--parallel", "fsdp"))
+
+
+TEN = ["--steps", 10, "--global-batch", 16, "--max-bad-share", 1, "--save-every", 100]
+
+
+@pytest.fixture(scope="module")
+def ten_steps(world, tmp_path_factory):
+    """Ten steps of sixteen samples on one rank, of which eight in one process."""
+    out = tmp_path_factory.mktemp("ten")
+    run(command(world, out, *TEN, "--batch-size", 16))
+    return out
+
+
+def close_run(one, other):
+    for a, b in zip(rows(one), rows(other), strict=True):
+        for key in LOSSES:
+            assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4 if key == "grad_norm" else 1e-5), key
+    ours, theirs = (load_file(out / "x/stage2/model.safetensors") for out in (one, other))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_engines_and_accumulation_do_not_change_the_training(
+    ten_steps, world, tmp_path, ranks, parallel, accumulation
+):
+    batch = 16 // ranks // accumulation
+    flags = ["--batch-size", batch, "--accumulation", accumulation, "--parallel", parallel]
+    run(command(world, tmp_path, *TEN, *flags), ranks)
+    close_run(ten_steps, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "first, then",
+    [((2, "fsdp"), (1, "ddp")), pytest.param((4, "fsdp"), (2, "fsdp"), marks=pytest.mark.slow),
+     pytest.param((2, "ddp"), (4, "fsdp"), marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_what_some_ranks_saved_others_resume(ten_steps, world, tmp_path, first, then):
+    for (ranks, parallel), more in ((first, ["--stop-after", 5]), (then, [])):
+        flags = ["--batch-size", 16 // ranks, "--parallel", parallel]
+        run(command(world, tmp_path, *TEN, *flags, *more), ranks)
+    close_run(ten_steps, tmp_path)
+
+
+LIVES = 34
+DRIVER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import torch, train
+torch.set_num_threads(1)
+for line in sys.stdin:  # one life a line: a child with torch loaded, which the test kills
+    child = os.fork()
+    if child == 0:
+        train.main(line.split("\\t"))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_random_moments(world, tmp_path):
+    """Killed {LIVES} times, in the middle of steps and of saves: nothing saved is lost or half read, and the
+    weights and the log are those of the run that nobody killed.
+    """
+    flags = ["--steps", 240, "--batch-size", 4, "--save-every", 2, "--tune", "lora", "--lora-dropout", 0.1]
+    train.main(command(world, tmp_path / "whole", *flags))
+    argv, chance = "\t".join(command(world, tmp_path / "parts", *flags)), random.Random(0)
+    run_folder = tmp_path / "parts/x/stage2.run"
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER.format(root=str(ROOT))], env=ENVIRONMENT, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    killed, while_saving, seen = 0, 0, [0]
+
+    def live(kill):
+        nonlocal killed, while_saving
+        driver.stdin.write(argv + "\n")
+        driver.stdin.flush()
+        child = int(next(line for line in driver.stdout if line.strip().isdigit()))
+        if kill == "saving":
+            limit = time.time() + 5
+            while not list(run_folder.glob(".step-*.writing")) and time.time() < limit:
+                time.sleep(0.0005)
+        else:
+            time.sleep(kill)
+        while_saving += bool(list(run_folder.glob(".step-*.writing")))
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        code = int(next(line for line in driver.stdout if line.strip().lstrip("-").isdigit()))
+        killed += code == -signal.SIGKILL
+        assert code in (0, -signal.SIGKILL), driver.stderr
+        saves = [int(folder.name[5:]) for folder in run_folder.glob("step-*") if resume.is_whole(folder)]
+        seen.append(max(saves, default=0 if not (tmp_path / "parts/x/stage2").exists() else 240))
+        assert seen[-1] >= seen[-2], "a save was lost"
+
+    for life in range(LIVES):
+        live("saving" if life % 3 == 0 else chance.uniform(0.05, 1.2))
+    assert killed >= 30 and while_saving >= 5 and seen[-1] > 0, (killed, while_saving, seen)
+    driver.stdin.close()
+    driver.wait()
+    train.main(command(world, tmp_path / "parts", *flags))
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, gpus", [("paper_4b_to_1.8b.sh", 2), ("one_24gb_gpu_0.5b.sh", 1)])
+def test_the_scripts_in_runs(world, tmp_path, script, gpus):
+    """All three stages and the export, with tiny checkpoints and data; run again, they have nothing to do."""
+    places = {
+        "TEACHER": train.TINY / "teacher", "STUDENT": train.TINY / "student", "IMAGES": world / "images",
+        "PRETRAIN": world / "pretrain.json", "TUNE": world / "tune.json", "OUT": tmp_path / "out",
+        "GPUS": gpus, "PYTHON": sys.executable,
+    }  # fmt: skip
+    small = "--steps 2 --global-batch 8 --batch-size 2 --workers 0 --skip-bad-samples --max-bad-share 1"
+    for _ in range(2):
+        done = subprocess.run(
+            ["bash", ROOT / "runs" / script, *small.split()],
+            env={**ENVIRONMENT, **{name: str(value) for name, value in places.items()}},
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("finished already") == 3
+    assert json.loads((tmp_path / "out/released/config.json").read_text())["model_type"] == "compodistill"
+    student = model.load(tmp_path / "out/released")
+    assert isinstance(student.answer(world / "images/tune-1.png", "What colour is the circle?"), str)
+    weights = load_file(tmp_path / "out/released/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
