@@ -14,6 +14,7 @@ a pickle, which can run code when it is opened: saves are read only from this pr
 take over a run folder from a stranger; finished models are safetensors and safe.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ import shutil
 import tempfile
 import warnings
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -69,6 +71,22 @@ def check_writable(folder: Path, needed: int = 0) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, and this run's saves and model need {needed / 1e9:.1f}; "
             "free space, lower --keep or choose another --out"
         )
+
+
+def lock(run: Path) -> IO:
+    """One process at a time trains a run. Held as long as the file is open: the system lets go of it however
+    the process ends.
+    """
+    file = open(run / "lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(
+            f"{run} is being trained by another process; stop that one, or choose another --out or --name"
+        ) from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:

@@ -372,7 +372,8 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     out = args.out / args.name / f"stage{stage}"
     run = out.with_suffix(".run")  # what is needed to go on
     say = print if rank == 0 and not args.quiet else lambda *_: None
-    resume.check_writable(out.parent)
+    resume.check_writable(run)
+    lock = resume.lock(run) if rank == 0 else None  # held until this function ends
 
     torch.manual_seed(args.seed)  # the same new weights on every rank
     student, teacher = load_models(stage, args, device)
@@ -413,6 +414,8 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
         run_steps(step_module, module, optimizer, loader, state, run, args, asked)
         save_model(student, args, out)
         resume.remove_saves(run)
+    if lock:
+        lock.close()
     return out
 
 

@@ -212,24 +212,27 @@ def wait_for_step(out, step, process):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_exits_0(world, tmp_path, number, ranks):
-    """Whole process groups are signalled, as schedulers and terminals do: loader workers, too."""
-    batch = 4 // max(ranks, 1)
-    flags = ["--steps", 400, "--batch-size", batch, "--workers", 1, "--save-every", 1000]
+@pytest.mark.parametrize(
+    "number, ranks, who",
+    [(signal.SIGINT, 0, "all"), (signal.SIGTERM, 2, "one rank"),
+     pytest.param(signal.SIGTERM, 0, "all", marks=pytest.mark.slow),
+     pytest.param(signal.SIGTERM, 2, "launcher", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_signal_saves_and_exits_0(world, tmp_path, number, ranks, who):
+    """All processes are signalled, as schedulers and terminals do, loader workers, too; or torchrun, which
+    passes it on; or a single rank, and the others stop with it.
+    """
+    flags = ["--steps", 400, "--batch-size", 4 // max(ranks, 1), "--workers", 1, "--save-every", 1000]
     argv = command(world, tmp_path, *flags)
     process = start(argv, ranks)
     wait_for_step(tmp_path, 3, process)
-    process.send_signal(number)
-    if not ranks:
-        children = subprocess.run(
-            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-        ).stdout.split()
-        for child in children:
-            os.kill(int(child), number)
+    children = list(map(int, subprocess.check_output(["pgrep", "-P", str(process.pid)]).split()))
+    targets = {"all": [process.pid, *children], "launcher": [process.pid], "one rank": children[-1:]}
+    for target in targets[who]:
+        os.kill(target, number)
     text, _ = process.communicate(timeout=30)
-    assert "stopped after step" in text and "train.py\"" not in text, text  # no traceback of ours
-    assert ranks or process.returncode == 0, text  # torchrun itself reports the signal
+    assert "stopped after step" in text and 'train.py"' not in text, text  # no traceback of ours
+    assert who == "launcher" or process.returncode == 0, text  # torchrun reports the signal that it got
     step = json.loads((tmp_path / "x/stage2.run" / latest(tmp_path) / "state.json").read_text())["step"]
     assert step >= 3 and not (tmp_path / "x/stage2").exists()
     text = run([*argv, "--stop-after", str(step + 1)], ranks)
@@ -238,6 +241,20 @@ def test_a_signal_saves_and_exits_0(world, tmp_path, number, ranks):
 
 def latest(out):
     return (out / "x/stage2.run/latest").read_text()
+
+
+def test_one_process_at_a_time(world, tmp_path):
+    """A second one is refused while the first trains, and goes on from its saves once that has been killed.
+    """
+    argv = command(world, tmp_path, "--steps", 400, "--batch-size", 2, "--save-every", 2, "--workers", 1)
+    process = start(argv)
+    wait_for_step(tmp_path, 4, process)
+    assert "being trained by another process" in run(argv, expect=1)
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
+    text = run([*argv, "--stop-after", str(rows(tmp_path)[-1]["step"] + 1)])
+    assert "of which 0 are done" not in text and "stopped after step" in text
 
 
 def test_a_second_signal_ends_at_once(world, tmp_path):

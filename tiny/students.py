@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def train_students(args: argparse.Namespace) -> None:
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
     """One student: stages 1, 2 and 3, then its scores."""
     torch.set_num_threads(threads)
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     args = train.parse_args(argv)
     args.quiet = True
     try:
@@ -89,6 +91,13 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"{args.name}: {sentence(error)}")
+
+
+def end_with(parent: int) -> None:
+    """End this process soon after its parent has been killed, so that the next `python train.py` can go on."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def last_step(folder: Path) -> int:
