@@ -94,7 +94,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its parent has been killed, so that the next `python train.py` can go on."""
+    """End this process soon after its parent was killed, so that the next `python train.py` can go on."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
