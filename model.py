@@ -6,16 +6,15 @@
 The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
 heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
 
-Inside: VLM (forward, generate, answer, save), load, and the file layouts: our own, the released CompoDistill
-/ TinyLLaVA layout, and Hugging Face LLaVA's, which is read in its forms of 2024 and of transformers 5 and
-written in that of 2024. As a program it converts: python model.py FOLDER --out OUT --layout hf
+Inside: VLM (forward, stream, generate, answer, save) and load. How a model lies in a folder, in our layout
+and in those of others, is in layouts.py. As a program it converts:
+python model.py FOLDER --out OUT --layout hf
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,25 +24,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import data
-from checkpoint import BadInput, find, load_weights, read_json, sentence, tensor_names, write_folder
+import layouts
+from checkpoint import BadInput, find, load_weights, read_json, sentence, write_folder
 from data import IMAGE_TOKEN
 from distill import TeacherAdapterFetch
-from qwen import Cache, Look, Output, Qwen, QwenConfig
-from siglip import Siglip, SiglipConfig
-from siglip import rename as rename_siglip
-
-
-@dataclass(frozen=True)
-class VLMConfig:
-    vision: SiglipConfig
-    text: QwenConfig
-    vision_layer: int = -2  # which hidden state of the vision encoder is z
-    drop_first_patch: bool = (
-        False  # True in released checkpoints: meant for a CLS token, which SigLIP does not have
-    )
-    image_token_index: int = IMAGE_TOKEN  # accepted in input_ids beside IMAGE_TOKEN
-    taf_width: int | None = None  # width of the fetched teacher adapter; None = an adapter of one's own
-    taf_gelu: bool = False
+from layouts import VLMConfig
+from qwen import Cache, Look, Output, Qwen
+from siglip import Siglip
 
 
 class Adapter(nn.Module):
@@ -64,6 +51,7 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         c, self.config, self.tokenizer = config, config, tokenizer
+        self.template = "chat"  # how a question is put to it: one of TEMPLATES
         self.vision = Siglip(c.vision)
         self.adapter = Adapter(c.vision.hidden_size, c.taf_width or c.text.hidden_size)
         if c.taf_width:
@@ -92,6 +80,49 @@ class VLM(nn.Module):
             vlm.adapter = Adapter(vision.config.hidden_size, lm.config.hidden_size)
         (vlm.adapter.student if taf else vlm.adapter).to(lm.model.norm.weight)  # its device and dtype
         return vlm
+
+    def special(self, word: str) -> int:
+        """The id of a special token."""
+        token = self.require_tokenizer().token_to_id(word)
+        if token is None:
+            raise BadInput(
+                f"the checkpoint's tokenizer.json has no token {word}, which the template {self.template} is "
+                "made of; choose another template"
+            )
+        return token
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end an answer, first the one that does in this model's template."""
+        end = self.special(data.END_OF_TEXT)
+        return [end] if self.template == "chat" else [self.special(layouts.CHATML_END), end]
+
+    def question_ids(self, question: str, picture: bool, first: bool = True) -> list[int]:
+        """A question -> ids up to where its answer begins, in this model's template.
+
+        picture: P placeholders stand before the question. Unless it is the conversation's first, the ids
+        begin with what ends the answer before.
+        """
+        if data.IMAGE_MARK in question:
+            raise BadInput(f"{data.IMAGE_MARK} stands in a question; say it without, the picture goes before")
+        tokenizer, P, question = self.require_tokenizer(), self.num_image_tokens, question.strip()
+        if self.template == "chat":
+            turn = {"from": "human", "value": f"{data.IMAGE_MARK}\n{question}" if picture else question}
+            before = [] if first else [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]
+            ids = data.encode_prompt([*before, turn], tokenizer, P)
+            return ids if first else ids[ids.index(self.special(data.END_OF_TEXT)) :]
+
+        def encode(text: str) -> list[int]:
+            tokenizer.encode_special_tokens = True  # "<|im_end|>" inside a text is text
+            return tokenizer.encode(text, add_special_tokens=False).ids
+
+        start, end = self.special(layouts.CHATML_START), self.special(layouts.CHATML_END)
+        newline = encode("\n")
+        asked = encode(f"user\n{question}")
+        if picture:
+            asked = encode("user\n") + [IMAGE_TOKEN] * P + encode(f"\n{question}")
+        before = [] if first else [end, *newline]
+        return [*before, start, *asked, end, *newline, start, *encode("assistant\n")]
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -165,7 +196,7 @@ class VLM(nn.Module):
         return embeds
 
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
@@ -173,21 +204,22 @@ class VLM(nn.Module):
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         stop_ids: Sequence[int] | None = None,
-    ) -> Tensor:
-        """-> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled above it.
+        cache: Cache | None = None,
+    ) -> Iterator[Tensor]:
+        """The tokens of `generate` as they come, (B,) each.
 
-        A row ends with any of `stop_ids` (default: the tokenizer's end of text) and is filled up with the
-        first of them. Rows of unequal length, padded on either side, give the same tokens as alone.
+        cache: of what stands before input_ids, and is not computed again; it grows with every token but the
+        last, which nothing has read.
         """
         if stop_ids is None:
-            stop_ids = [] if self.tokenizer is None else [self.tokenizer.token_to_id(data.END_OF_TEXT)]
+            stop_ids = [] if self.tokenizer is None else self.stop_ids
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
         mask = (
             torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         )
         last = mask.long().cumsum(1).argmax(1)  # each row's last real token
         rows = torch.arange(len(last), device=last.device)
-        cache, new = Cache(len(self.lm.model.layers)), []
+        cache = Cache(len(self.lm.model.layers)) if cache is None else cache
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
@@ -197,65 +229,45 @@ class VLM(nn.Module):
             if len(stops):
                 token = torch.where(done, stops[0], token)
                 done = done | torch.isin(token, stops)
-            new.append(token)
+            yield token
             if bool(done.all()):
                 break
             embeds = self.lm.model.embed_tokens(token[:, None])
             mask, last = torch.ones_like(token[:, None], dtype=torch.bool), torch.zeros_like(token)
+
+    def generate(self, input_ids: Tensor, *args, **kwargs) -> Tensor:
+        """What `stream` takes -> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled
+        above it.
+
+        A row ends with any of `stop_ids` (default: those of the template) and is filled up with the first of
+        them. Rows of unequal length, padded on either side, give the same tokens as alone.
+        """
+        new = list(self.stream(input_ids, *args, **kwargs))
         return torch.stack(new, 1) if new else input_ids[:, :0]
 
     def answer(self, image: Image.Image | str | Path | None, question: str, max_new_tokens: int = 128) -> str:
         """One question, about one picture or none, answered greedily."""
-        tokenizer, mark = self.require_tokenizer(), "" if image is None else data.IMAGE_MARK + "\n"
-        turn = {"from": "human", "value": mark + question}
-        ids = torch.tensor([data.encode_prompt([turn], tokenizer, self.num_image_tokens)], device=self.device)
+        ids = torch.tensor([self.question_ids(question, image is not None)], device=self.device)
         pixels = None
         if image is not None:
             pixels = data.preprocess(image, self.config.vision.image_size)[None].to(self.device)
         new = self.generate(ids, pixels, max_new_tokens=max_new_tokens)[0].tolist()
-        return tokenizer.decode(new, skip_special_tokens=True).strip()
+        return self.tokenizer.decode(new, skip_special_tokens=True).strip()
 
     def save(self, folder: str | Path, layout: str = "native", dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder, whole or not at all, in `dtype` (None: each tensor as it is in memory).
 
         layout: native (ours), released (CompoDistill / TinyLLaVA) or hf (Hugging Face LLaVA; not with TAF).
         """
-        c, tokenizer, tensors = self.config, self.tokenizer, self.state_dict()
-        if layout not in NAMES:
-            raise BadInput(f"layout {layout!r} is not known; choose {', '.join(NAMES)}")
-        if layout == "released" and c.taf_gelu:
-            raise BadInput(f"{folder}: the released layout has no field for P_s's GELU; save as native")
-        if layout == "hf" and c.taf_width:
-            raise BadInput(
-                f"{folder}: a model with TAF does not fit Hugging Face LLaVA, whose adapter has no P_s and "
-                "the language model's width; save as released or native"
-            )
-        if layout == "hf":
-            c, tokenizer, tensors = _with_image_word(c, self.require_tokenizer(), tensors)
-        tensors = {_written(name, layout): x.to(dtype or x.dtype) for name, x in tensors.items()}
-        lm_dtype = dtype or self.lm.model.norm.weight.dtype
-        config = CONFIGS[layout](c) | {"torch_dtype": str(lm_dtype).removeprefix("torch.")}
-        write_folder(folder, tensors, config, _companions(layout, c, tokenizer))
+        try:
+            files = layouts.written(layout, self.config, self.tokenizer, self.state_dict(), dtype)
+        except BadInput as error:
+            raise BadInput(f"{folder}: {error}") from None
+        write_folder(folder, *files)
 
 
 def _sample(logits: Tensor) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
-
-
-# ---------------------------------------------------------------- checkpoints
-
-MODEL_TYPE = "nanocompodistill"
-
-# Reading. How a tensor's name begins in a file -> how it begins in Adapter.
-ADAPTER_LAYOUTS = {
-    "connector._connector.0.": "linear_1.",
-    "connector._connector.2.": "linear_2.",
-    "multi_modal_projector.": "",
-}
-VISION_PREFIXES = (
-    "vision_tower._vision_tower.",
-    "vision_tower.",
-)  # released, HF; then as in a plain SigLIP file
 
 
 def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> VLM:
@@ -265,241 +277,16 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32
     """
     folder = find(path_or_hub_name)
     file = folder / "config.json"
-    config = read_config(folder)
+    config = layouts.read_config(folder)
     with torch.device("meta"):
         vlm = VLM(config)
-    native = read_json(file).get("model_type") == MODEL_TYPE
-    load_weights(vlm, folder, (lambda name: name) if native else _from_foreign(config), dtype, device)
-    vlm.tokenizer = data.load_tokenizer(folder) if (folder / "tokenizer.json").exists() else None
+    native = read_json(file).get("model_type") == layouts.MODEL_TYPE
+    rename = (lambda name: name) if native else layouts.rename_foreign(config)
+    load_weights(vlm, folder, rename, dtype, device)
+    if (folder / "tokenizer.json").exists():
+        vlm.tokenizer = data.load_tokenizer(folder)
+        vlm.template = layouts.template_of(folder, vlm.tokenizer)
     return vlm.eval()
-
-
-def read_config(folder: Path) -> VLMConfig:
-    """config.json in our own, the released or Hugging Face LLaVA's form -> VLMConfig."""
-    file = folder / "config.json"
-    config = read_json(file)
-    kind = config.get("model_type")
-    if (
-        kind not in (MODEL_TYPE, "compodistill", "llava")
-        or not {"text_config", "vision_config"} <= config.keys()
-    ):
-        raise BadInput(
-            f"{file}: model_type {kind!r} is no multimodal checkpoint (nanocompodistill, compodistill or "
-            "llava, with text_config and vision_config); plain: qwen.Qwen.load, siglip.Siglip.load"
-        )
-    base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
-    if config.get("tie_word_embeddings") and not any(
-        n.endswith("lm_head.weight") for n in tensor_names(folder)
-    ):
-        base = replace(
-            base, text=replace(base.text, tie_word_embeddings=True)
-        )  # transformers 5 says it on top only
-    select, layer = (
-        config.get("vision_feature_select_strategy", "default"),
-        config.get("vision_feature_layer", -2),
-    )
-    depth = base.vision.num_hidden_layers
-    if not isinstance(select, str) or select not in SELECT or layer not in range(-depth - 1, depth + 1):
-        raise BadInput(
-            f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported"
-        )
-    if (
-        config.get("multimodal_projector_bias") is False
-        or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu"
-    ):
-        raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")
-    if config.get("projector_hidden_act", "gelu") != "gelu":
-        raise BadInput(
-            f"{file}: projector_hidden_act {config['projector_hidden_act']!r} is not supported, only gelu"
-        )
-    taf = config.get("post_connector_use", False)
-    if taf and not isinstance(config.get("connector_hidden_size"), int):
-        raise BadInput(
-            f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter"
-        )
-    return replace(
-        base,
-        vision_layer=layer,
-        drop_first_patch=SELECT[select],
-        image_token_index=config.get("image_token_index", IMAGE_TOKEN),
-        taf_width=config["connector_hidden_size"] if taf else None,
-        taf_gelu=config.get("post_connector_gelu", False),
-    )
-
-
-# Does the word drop the first patch? "patch" and "cls_patch" are the released code's, the others HF LLaVA's.
-SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
-
-
-def _from_foreign(c: VLMConfig):
-    """-> rename(name in a released or HF LLaVA file) -> name in VLM, or None for what is dropped on purpose:
-    SigLIP's pooling head and text tower, and a tied language model's copy of the embedding.
-    """
-    adapter = "adapter.teacher." if c.taf_width else "adapter."
-
-    def rename(name: str) -> str | None:
-        if name.startswith("language_model."):
-            tied_copy = c.text.tie_word_embeddings and name.startswith("language_model.lm_head.")
-            return None if tied_copy else "lm." + name.removeprefix("language_model.")
-        if name.startswith("connector.post_connector."):
-            return "adapter.student." + name.removeprefix("connector.post_connector.")
-        for theirs, ours in ADAPTER_LAYOUTS.items():
-            if name.startswith(theirs):
-                return adapter + ours + name.removeprefix(theirs)
-        for prefix in VISION_PREFIXES:
-            if name.startswith(prefix):
-                inner = rename_siglip(name.removeprefix(prefix))
-                return inner and "vision." + inner
-        return name  # unknown: the strict load names it
-
-    return rename
-
-
-# Writing. How a tensor's name begins in VLM -> how it begins in a file; with TAF, P_t is adapter.teacher.
-NAMES = {
-    "native": {"": ""},
-    "released": {
-        "lm.": "language_model.",
-        "vision.": "vision_tower._vision_tower.vision_model.",
-        "adapter.linear_1.": "connector._connector.0.",
-        "adapter.linear_2.": "connector._connector.2.",
-        "adapter.teacher.linear_1.": "connector._connector.0.",
-        "adapter.teacher.linear_2.": "connector._connector.2.",
-        "adapter.student.": "connector.post_connector.",
-    },
-    "hf": {  # the names of 2024, which transformers of then, 4.52 and 5 all read
-        "lm.": "language_model.",
-        "vision.": "vision_tower.vision_model.",
-        "adapter.": "multi_modal_projector.",
-    },
-}
-
-
-def _written(name: str, layout: str) -> str:
-    return next(t + name.removeprefix(o) for o, t in NAMES[layout].items() if name.startswith(o))
-
-
-def _parts_config(c: VLMConfig) -> dict:
-    """What every layout says in the same words."""
-    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-    return {
-        "text_config": text | asdict(c.text),
-        "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False} | asdict(c.vision),
-        "tie_word_embeddings": c.text.tie_word_embeddings,
-        "vision_feature_layer": c.vision_layer,
-        "image_token_index": c.image_token_index,
-    }
-
-
-def _released_config(c: VLMConfig) -> dict:
-    return _parts_config(c) | {
-        "architectures": ["CompoDistillForConditionalGeneration"],
-        "model_type": "compodistill",
-        "hidden_size": c.text.hidden_size,
-        "vocab_size": c.text.vocab_size,
-        "vision_hidden_size": c.vision.hidden_size,
-        "connector_type": "mlp2x_gelu",
-        "connector_hidden_size": c.taf_width or c.text.hidden_size,
-        "post_connector_use": c.taf_width is not None,
-        "vision_feature_select_strategy": "patch" if c.drop_first_patch else "cls_patch",
-        "image_aspect_ratio": "square",
-        "ignore_index": data.IGNORE,
-        "tokenizer_padding_side": "right",
-    }
-
-
-def _native_config(c: VLMConfig) -> dict:
-    """Our own config.json: the released fields, under our model_type, plus what those cannot say."""
-    config = _released_config(c) | {"model_type": MODEL_TYPE, "post_connector_gelu": c.taf_gelu}
-    del config["architectures"]
-    return config
-
-
-def _hf_config(c: VLMConfig) -> dict:
-    return _parts_config(c) | {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "vision_feature_select_strategy": "default" if c.drop_first_patch else "full",
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "image_seq_length": c.vision.num_patches - c.drop_first_patch,
-    }
-
-
-CONFIGS = {"native": _native_config, "released": _released_config, "hf": _hf_config}
-
-
-def _with_image_word(c: VLMConfig, tokenizer: Tokenizer, tensors: dict[str, Tensor]):
-    """-> config, tokenizer, tensors with `<image>` as a word of the vocabulary: transformers embeds every id
-    before it writes the visual tokens, and cannot look up our IMAGE_TOKEN, -200.
-
-    Where the matrices (V,C) have no row for the word, they get their mean row: its logit is the mean of the
-    others, never the greatest. A row of zeros would win wherever all others are negative.
-    """
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
-    tokenizer.add_special_tokens([data.IMAGE_MARK])
-    word = tokenizer.token_to_id(data.IMAGE_MARK)
-    if (lacking := word + 1 - c.text.vocab_size) > 0:
-        for name in tensors.keys() & {"lm.model.embed_tokens.weight", "lm.lm_head.weight"}:
-            mean = tensors[name].mean(0, keepdim=True, dtype=torch.float32).to(tensors[name])
-            tensors[name] = torch.cat([tensors[name], mean.expand(lacking, -1)])
-        c = replace(c, text=replace(c.text, vocab_size=word + 1))
-    return replace(c, image_token_index=word), tokenizer, tensors
-
-
-# data.SYSTEM and data.pieces as transformers' chat template: the picture is at the front of its question.
-CHAT_TEMPLATE = (
-    "{{ " + json.dumps(data.SYSTEM) + " }}{% for turn in messages %}"
-    "{% set text = (turn.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) %}"
-    "{% if turn.role == 'assistant' %}ASSISTANT: {{ text | trim }}<|endoftext|>{% else %}USER: "
-    "{% for part in turn.content if part.type == 'image' %}<image>{{ '\\n' }}{% endfor %}{{ text | trim }} "
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-
-
-def _companions(layout: str, c: VLMConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """The small files beside config.json: {name: text}. In the layouts of others they let transformers
-    prepare pictures as data.preprocess does, and texts as data.encode_prompt does.
-    """
-    files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_str(pretty=True)}
-    if layout == "native":
-        return files
-    side, hf = c.vision.image_size, layout == "hf"
-    jsons = {
-        "preprocessor_config.json": {
-            "image_processor_type": "SiglipImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"height": side, "width": side},
-            "resample": Image.Resampling.BICUBIC,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": [0.5] * 3,
-            "image_std": [0.5] * 3,
-        }
-    }
-    if tokenizer is not None:
-        jsons["tokenizer_config.json"] = {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # tokenizer.json as it stands
-            "model_input_names": ["input_ids", "attention_mask"],
-            "eos_token": data.END_OF_TEXT,
-            "pad_token": data.END_OF_TEXT,
-            "padding_side": "left" if hf else "right",  # left: to generate in batches
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": c.text.max_position_embeddings,
-        }
-    if hf:
-        end = tokenizer.token_to_id(data.END_OF_TEXT)
-        jsons["generation_config.json"] = {"eos_token_id": end, "pad_token_id": end}
-        jsons["processor_config.json"] = {
-            "processor_class": "LlavaProcessor",
-            "patch_size": c.vision.patch_size,
-            "num_additional_image_tokens": 0,  # SigLIP has no CLS token
-            "vision_feature_select_strategy": _hf_config(c)["vision_feature_select_strategy"],
-        }
-        files["chat_template.jinja"] = CHAT_TEMPLATE
-    return files | {name: json.dumps(content, indent=1) + "\n" for name, content in jsons.items()}
 
 
 # ---------------------------------------------------------------- python model.py
@@ -513,7 +300,10 @@ def main(argv: list[str] | None = None) -> None:
     wanted = parser.add_argument_group("what is written")
     wanted.add_argument("--out", required=True, help="a new folder, which appears whole or not at all")
     wanted.add_argument(
-        "--layout", required=True, choices=NAMES, help="ours, CompoDistill's or Hugging Face LLaVA's (no TAF)"
+        "--layout",
+        required=True,
+        choices=layouts.NAMES,
+        help="ours, CompoDistill's or Hugging Face LLaVA's (no TAF)",
     )
     wanted.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: each tensor as it is read")
     args = parser.parse_args(argv)

@@ -10,6 +10,8 @@ Attention comes in three forms, on the same mask; tests/test_qwen.py equates the
     SDPA                 nobody looks: torch's fused kernel, no map exists
     explicit_attention   the plain softmax(QK^T / sqrt(D)) V, whole maps (B,H,T,S), in `attention_layers`
     visual_map           what distillation reads (`Look`): some rows and columns, head mean, beside SDPA
+and in one that computes something else on purpose, for the intervention at inference (analyses.py):
+    guided               in layers with a `Guide`, visual attention is mixed with another model's
 
 Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), R query rows looked at, H heads, D
 head dim, C width, P visual tokens, V vocabulary. References: Bai et al. 2023 (arXiv 2309.16609); names of
@@ -78,7 +80,15 @@ class Look(NamedTuple):
 
     groups: Sequence[Sequence[int]]  # k groups of layers; [[8], [9]] is a map of each
     rows: slice  # R query tokens, of every sample
-    columns: Tensor  # (B,P) key tokens: a sample's visual tokens
+    columns: Tensor  # (B,P) key tokens: a sample's visual tokens (analyses.py asks for all)
+
+
+class Guide(NamedTuple):
+    """Visual attention from outside for one layer, head mean (B,T,P), as a teacher's Look gives it."""
+
+    maps: Tensor  # (B,T,P), every query row
+    columns: Tensor  # (B,P) key tokens: the visual tokens; every sample has a picture
+    share: float  # of these maps in the result: 0.5 is the mean of both, 1.0 a full replacement
 
 
 class Output(NamedTuple):
@@ -136,6 +146,18 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     """softmax(QK^T / sqrt(D)) V with the probabilities in hand: -> (B,H,T,D), A (B,H,T,S) in float32."""
     attention = probabilities(q, k, mask)
     return attention.to(v.dtype) @ v, attention
+
+
+def guided(attention: Tensor, guide: Guide) -> Tensor:
+    """A' of the intervention (paper, section 3): (B,H,T,S) -> (B,H,T,S), every row sums to 1.
+
+    On the visual columns (1 - share) A + share M, with the same M for all heads; on the text columns A; then
+    each row is divided by its sum.
+    """
+    columns = guide.columns[:, None, None].expand(*attention.shape[:3], -1)  # (B,H,T,P)
+    visual = torch.lerp(attention.gather(3, columns), guide.maps[:, None], guide.share)
+    attention = attention.scatter(3, columns, visual)
+    return attention / attention.sum(-1, keepdim=True)
 
 
 def visual_columns_of(attention: Tensor, columns: Tensor, unseen: int = 0) -> Tensor:
@@ -215,7 +237,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: list | None, look):
         """x (B,T,C), mask (B,1,T,S) True = may see, None = causal -> (B,T,C), attention.
 
-        look: None, "whole" -> attention (B,H,T,S), or a Look -> the map (B,R,P) of this layer.
+        look: None, "whole" -> attention (B,H,T,S), or a Look -> the map (B,R,P) of this layer; or a Guide ->
+        attention (B,H,T,S), as guided.
         """
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
@@ -228,6 +251,9 @@ class Attention(nn.Module):
         k, v = (y.repeat_interleave(self.groups, dim=1) for y in (k, v)) if self.groups > 1 else (k, v)
         if look == "whole":
             out, attention = explicit_attention(q, k, v, mask)
+        elif isinstance(look, Guide):
+            attention = guided(probabilities(q, k, mask), look)
+            out = attention.to(v.dtype) @ v
         else:
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             attention = None if look is None else visual_map(q, k, mask, look.rows, look.columns)
@@ -305,21 +331,25 @@ class Qwen(nn.Module):
         look: Look | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
+        guides: dict[int, Guide] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
         """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> final hidden states (B,T,C) and
-        attentions: whole ones (B,H,T,S) of `attention_layers`, or the maps (B,R,P) of a `look`.
+        attentions: whole ones (B,H,T,S) of `attention_layers`, or the maps (B,R,P) of a `look`. In the layers
+        of `guides` attention is guided, and so are the whole maps of them.
 
         attention_mask (B,T) bool, False = padding. What a padding position itself computes is never read.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        groups = [] if look is None else look.groups
-        asked = {*attention_layers, *(i for group in groups for i in group)}
+        groups, guides = [] if look is None else look.groups, guides or {}
+        asked = {*attention_layers, *guides, *(i for group in groups for i in group)}
         if outside := sorted(asked - set(range(len(self.model.layers)))):
             raise ValueError(
                 f"attention of layers {outside}: this model has layers 0 to {len(self.model.layers) - 1}"
             )
-        if look is not None and attention_layers:
-            raise ValueError("attention_layers and look exclude each other: whole maps, or a look's")
+        if look is not None and (attention_layers or guides):
+            raise ValueError(
+                "attention_layers and look exclude each other: whole maps, or a look's; guided ones are whole"
+            )
         positions, mask = self._positions_and_mask(x, attention_mask, cache)
         rope = rope_angles(
             positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
@@ -327,13 +357,13 @@ class Qwen(nn.Module):
         whole, means = {}, [None] * len(groups)
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            wanted = None if i not in asked else "whole" if look is None else look
+            wanted = None if i not in asked else guides.get(i, "whole") if look is None else look
             inputs = x, rope, mask, layer_cache, wanted
             if self.checkpointing and torch.is_grad_enabled():
                 x, attention = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 x, attention = layer(*inputs)
-            if wanted == "whole":
+            if i in attention_layers:
                 whole[i] = attention
             for j, group in enumerate(groups):  # the mean over a group grows as its maps appear
                 if i in group and means[j] is None:

@@ -1,0 +1,714 @@
+"""The paper's five analyses of attention (its section 3). story.py tells what they say of the tiny world.
+
+    python eval.py analyse similarity groups --out FOLDER    # figures (PNG) and their numbers (CSV, JSON)
+    python eval.py story --out FOLDER                        # all five, the scores, one report of what holds
+
+    attention     of the answering position over picture and text, by layer                  paper, Fig. 3a
+    similarity    cosine of teacher's and student's attention, by layer                       Fig. 3b-e
+    groups        items grouped by similarity -> probability of the right answer              Fig. 4
+    intervention  visual attention mixed with the teacher's at inference (qwen.guided)        Fig. 5
+    picture       where teacher and students look                                             Fig. 2, 7
+
+Attention is a head mean throughout. Its *text rows* are the queries after the picture, up to and including
+the *answering position*, which predicts the first word of the answer; cosines are taken row by row and
+averaged over them. A student's understanding layers are compared with their teacher groups, as in training;
+any other layer with the teacher's layer at the same relative depth. An item is a recognition question or a
+caption pair, both captions asked. Intervals hold 95 %: bootstrap over pictures, RESAMPLES times.
+
+No map with heads and no map of all rows outlives its layer: a qwen.Look leaves (B,R,T) of a layer.
+Shapes: B questions, T tokens, R text rows, P visual tokens, L layers, n questions or items.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import benchmarks
+import data
+import distill
+import eval as evaluation
+import model
+from checkpoint import BadInput
+from qwen import Guide, Look
+from tiny.world import caption_question, make_world
+
+PLAIN, ALIGNED = ("SFT", "KD"), ("CompoDistill", "CompoDistill-rows")  # what `python train.py` trains
+SHARES = {"as it is": 0.0, "mean": 0.5, "full": 1.0}  # of the teacher's visual attention
+GROUPS, RESAMPLES = 5, 1000
+NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotlib, then another --out'
+
+
+class Question(NamedTuple):
+    """One question about one picture. Of a caption pair there are two, one after the other: true first."""
+
+    picture: Path
+    text: str
+    answer: str  # the right one
+    kind: str
+
+
+def world_questions(world: Path, limit: int | None = None) -> dict[str, list[Question]]:
+    """The tiny world's test -> {"recognition": questions, "compositional": both captions of every pair}."""
+    recognition, composition = evaluation.tiny_items(world, limit)
+    single = [Question(*item, kind) for kind, items in recognition.items() for item in items]
+    pairs = [
+        Question(picture, caption_question(caption), answer, kind)
+        for kind, items in composition.items()
+        for picture, true, negative in items
+        for caption, answer in ((true, "yes"), (negative, "no"))
+    ]
+    return {"recognition": single, "compositional": pairs}
+
+
+def benchmark_questions(
+    sugarcrepe: tuple[Path, Path] | None, gqa: tuple[Path, Path] | None, limit: int | None = None
+) -> dict[str, list[Question]]:
+    """The same of SugarCrepe (compositional) and GQA (recognition), each as annotations and pictures."""
+    questions = {}
+    if gqa:
+        items = [(item.image, item.question, item.answer) for item in benchmarks.read("gqa", *gqa)]
+        rows = [Question(picture, text, truth.label, truth.rows[-1]) for picture, text, truth in items]
+        questions["recognition"] = first_of_each_kind(rows, limit)
+    if sugarcrepe:
+        rows = [
+            Question(pair.image, evaluation.SHOWS.format(caption), answer, pair.rows[0])
+            for pair in benchmarks.read_pairs("sugarcrepe", *sugarcrepe)
+            for caption, answer in zip(pair.captions, ("yes", "no"))
+        ]
+        questions["compositional"] = first_of_each_kind(rows, limit and 2 * limit)
+    return questions
+
+
+def first_of_each_kind(questions: list[Question], limit: int | None) -> list[Question]:
+    kinds = dict.fromkeys(question.kind for question in questions)
+    return [q for kind in kinds for q in [q for q in questions if q.kind == kind][:limit]]
+
+
+# ---------------------------------------------------------------- what the models do
+
+
+def matched(student_layers: int, teacher_layers: int) -> list[list[int]]:
+    """For each student layer the teacher layers that it is compared with, as their mean: in the understanding
+    layers its group (distill.match_layers), elsewhere the one layer at the same relative depth.
+    """
+    layers = [[int((i + 0.5) / student_layers * teacher_layers)] for i in range(student_layers)]
+    ours, theirs = (distill.understanding_layers(number) for number in (student_layers, teacher_layers))
+    for i, group in zip(ours, distill.match_layers(ours, theirs)):
+        layers[i] = group
+    return layers
+
+
+class Observed(NamedTuple):
+    """One model over n questions, one number a layer for most."""
+
+    probability: np.ndarray  # (n,) of the right answer, all its tokens; of yes and no, against the other
+    mass: dict[str, np.ndarray]  # image, before it, after it -> (n,L), of the answering position; sums to 1
+    cosine: dict[str, np.ndarray]  # image, text -> (n,L), to the teacher; {} for the teacher itself
+
+
+def answered(vlm: model.VLM, question: Question) -> dict:
+    """A sample for collate: the prompt, and the right answer as its labels."""
+    sample = evaluation.prompt(vlm, question.picture, question.text)
+    answer = evaluation.words(vlm, question.answer)
+    labels = sample["labels"] + answer
+    return {**sample, "input_ids": sample["input_ids"] + answer, "labels": labels, "id": question.answer}
+
+
+@torch.no_grad()
+def observe(
+    teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
+) -> dict[str, Observed]:
+    """Analyses 1 to 3 in one pass: {"teacher" and each student: Observed}; `size` questions at a time."""
+    models = {"teacher": teacher, **students}
+    found = {name: [] for name in models}
+    options = evaluation.option_tokens(teacher, ("yes", "no"))
+    samples = (answered(teacher, question) for question in questions)
+    for batch in evaluation.batches(samples, teacher.device, size):
+        position = torch.arange(batch["input_ids"].shape[1], device=teacher.device)
+        first = (batch["labels"] != data.IGNORE).long().argmax(1, keepdim=True)  # (B,1), of the answer
+        columns, real = batch["visual_columns"], batch["attention_mask"]
+        queries = distill.query_rows("text", columns, batch["has_image"], real) & (position < first)
+        rows = distill.span(queries)
+        keys = {"image": (position >= columns[:, :1]) & (position <= columns[:, -1:])}  # (B,T) each
+        parts = keys | {"before": position < columns[:, :1], "after": (position > columns[:, -1:]) & real}
+        keys["text"] = parts["before"] | parts["after"]
+        answering = torch.arange(len(first), device=first.device), first[:, 0] - 1 - rows.start
+        everything = position.expand(len(first), -1)
+        for name, vlm in models.items():
+            look = Look([[i] for i in range(len(vlm.lm.model.layers))], rows, everything)
+            hidden, maps = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # L of (B,R,T)
+            mass = {part: [(m[answering] * where).sum(1) for m in maps] for part, where in parts.items()}
+            cosine = {}
+            if vlm is teacher:
+                theirs = maps
+            else:
+                groups = matched(len(maps), len(theirs))
+                goals = [sum(theirs[i] for i in group) / len(group) for group in groups]
+                for part, where in keys.items():
+                    pairs = [[m * where[:, None] for m in both] for both in zip(maps, goals)]
+                    cosine[part] = [rows_mean(distill.cosine(*both), queries[:, rows]) for both in pairs]
+            right = answer_probability(vlm, hidden, batch["labels"])
+            yes = yes_over_no(vlm, hidden, first[:, 0] - 1 + len(options.lead), options).sigmoid()
+            for answer, p in (("yes", yes), ("no", 1 - yes)):
+                asked = torch.tensor([it == answer for it in batch["ids"]], device=right.device)
+                right = torch.where(asked, p, right)
+            found[name].append((right, mass, cosine))
+    for name, parts in found.items():
+        must_be_finite(name, torch.cat([part[0] for part in parts]))
+    return {name: gathered(parts) for name, parts in found.items()}
+
+
+def must_be_finite(name: str, values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise BadInput(f"{name} gives numbers that are not finite; train or fetch its checkpoint again")
+
+
+def rows_mean(values: Tensor, queries: Tensor) -> Tensor:
+    """(B,R) -> (B,): the mean over the rows that count."""
+    return (values * queries).sum(1) / queries.sum(1)
+
+
+def answer_probability(vlm: model.VLM, hidden: Tensor, labels: Tensor) -> Tensor:
+    """P(all tokens of the answer), one after the other: hidden (B,T,C), labels (B,T) -> (B,)."""
+    targets = distill.next_tokens(labels)
+    rows, columns = (targets != data.IGNORE).nonzero(as_tuple=True)
+    logits = vlm.lm.head(hidden[rows, columns]).float()
+    loss = F.cross_entropy(logits, targets[rows, columns], reduction="none")
+    return torch.zeros(len(hidden), device=loss.device).index_add_(0, rows, -loss).exp()
+
+
+def gathered(batches: list[tuple]) -> Observed:
+    """The batches' (B,) and {name: L of (B,)} -> arrays over all questions."""
+    probability = torch.cat([batch[0] for batch in batches]).cpu().numpy()
+    mass, cosine = (
+        {
+            part: torch.cat([torch.stack(batch[which][part], 1) for batch in batches]).cpu().numpy()
+            for part in batches[0][which]
+        }
+        for which in (1, 2)
+    )
+    return Observed(probability, mass, cosine)
+
+
+@torch.no_grad()
+def intervene(
+    teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
+) -> dict[str, dict[str, np.ndarray]]:
+    """Analysis 4: {model: {key of SHARES: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
+
+    In each understanding layer of a student the guide is the mean map of that layer's teacher group.
+    """
+    found = {"teacher": {"as it is": []}} | {name: {share: [] for share in SHARES} for name in students}
+    ours = distill.understanding_layers(len(teacher.lm.model.layers))
+    options = evaluation.option_tokens(teacher, ("yes", "no"))
+    for batch in evaluation.batches(prompts(teacher, questions, options.lead), teacher.device, size):
+        ids, pixels, columns = (batch[name] for name in ("input_ids", "pixel_values", "visual_columns"))
+        look = Look([[i] for i in ours], slice(0, ids.shape[1]), columns)
+        hidden, maps = teacher.hidden(ids, pixels, look=look)  # (B,T,P) a layer
+        last = batch["attention_mask"].sum(1) - 1
+        found["teacher"]["as it is"].append(yes_over_no(teacher, hidden, last, options))
+        maps = dict(zip(ours, maps))
+        for name, vlm in students.items():
+            layers = distill.understanding_layers(len(vlm.lm.model.layers))
+            goals = dict(zip(layers, distill.group_mean(maps, distill.match_layers(layers, ours))))
+            embeds = vlm.embed(ids, pixels)
+            for key, share in SHARES.items():
+                guides = {i: Guide(goal, columns, share) for i, goal in goals.items()} if share else None
+                hidden, _ = vlm.lm.hidden(inputs_embeds=embeds, guides=guides)
+                found[name][key].append(yes_over_no(vlm, hidden, last, options))
+    joined = {name: {key: torch.cat(x) for key, x in shares.items()} for name, shares in found.items()}
+    for name, shares in joined.items():
+        must_be_finite(name, torch.cat(list(shares.values())))
+    return {name: {key: x.cpu().numpy() for key, x in shares.items()} for name, shares in joined.items()}
+
+
+def prompts(vlm: model.VLM, questions: list[Question], lead: tuple[int, ...]) -> Iterator[dict]:
+    """Samples for collate, each the prompt and the tokens with which yes and no both begin, if any."""
+    for question in questions:
+        sample = evaluation.prompt(vlm, question.picture, question.text)
+        yield {name: sample[name] + list(lead) for name in ("input_ids", "labels")} | {
+            "pixel_values": sample["pixel_values"]
+        }
+
+
+def yes_over_no(vlm: model.VLM, hidden: Tensor, last: Tensor, options: evaluation.Options) -> Tensor:
+    """log P(yes) / P(no) after position `last` (B,), the sum over their forms: hidden (B,T,C) -> (B,)."""
+    logits = vlm.lm.head(hidden[torch.arange(len(last), device=last.device), last]).float()
+    yes, no = (logits[:, ids].logsumexp(1) for ids in options.tokens)
+    return yes - no
+
+
+# ---------------------------------------------------------------- statistics
+
+
+def resamples(questions: list[Question]) -> np.ndarray:
+    """(RESAMPLES,n): how often each question is drawn. Pictures are drawn, with all that is asked of them:
+    what one picture's questions have in common does not count as many observations.
+    """
+    pictures, of = np.unique([str(question.picture) for question in questions], return_inverse=True)
+    number = len(pictures)
+    draw = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=RESAMPLES)
+    return draw[:, of]
+
+
+def estimate(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
+    """The mean of values (n,) and its 95 % interval (percentiles of the resampled means)."""
+    means = drawn @ values / drawn.sum(1).clip(min=1)
+    return float(values.mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """(n,) -> 0 for the least; equal values share the mean of their ranks."""
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(count) - (count + 1) / 2)[place]
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation of x (n,) and y (n,): Pearson's of the ranks; 0 where either does not vary."""
+    x, y = (rank - rank.mean() for rank in (ranks(x), ranks(y)))
+    length = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / length) if length else 0.0
+
+
+def correlation(
+    x: np.ndarray, y: np.ndarray, strata: list[np.ndarray], drawn: np.ndarray
+) -> tuple[float, float, float]:
+    """The mean over `strata` (indices of items) of Spearman's rho within each, and its 95 % interval."""
+
+    def rho(times: np.ndarray) -> float:
+        chosen = [np.repeat(some, times[some]) for some in strata]
+        return float(np.mean([spearman(x[some], y[some]) for some in chosen if len(some)] or [0]))
+
+    low, high = np.percentile([rho(times) for times in drawn], [2.5, 97.5])
+    return rho(np.ones(len(x), dtype=int)), float(low), float(high)
+
+
+def by_kind(kinds: list[str]) -> list[np.ndarray]:
+    """The indices of the items of each kind."""
+    return [np.flatnonzero(np.array(kinds) == kind) for kind in dict.fromkeys(kinds)]
+
+
+def grouped(values: np.ndarray, strata: list[np.ndarray]) -> np.ndarray:
+    """(n,) -> (n,) group 0 (least) to GROUPS - 1, of equal size within each stratum, so that every group has
+    the same mix of kinds: an easy kind with high similarity would else look like an effect of similarity.
+    """
+    group = np.zeros(len(values), dtype=int)
+    for some in strata:
+        order = values[some].argsort(kind="stable").argsort(kind="stable")
+        group[some] = order * GROUPS // len(some)
+    return group
+
+
+# ---------------------------------------------------------------- the numbers: rows of each analysis
+
+
+def attention_rows(observed: dict, questions: dict) -> list[dict]:
+    """Analysis 1: share of the answering position's attention, by items, model, part of the prompt, layer."""
+    rows = []
+    for items, models in observed.items():
+        drawn = resamples(questions[items])
+        for name, seen in models.items():
+            masses = {"image": seen.mass["image"], "text": seen.mass["before"] + seen.mass["after"]}
+            masses |= {"text before the image": seen.mass["before"], "text after it": seen.mass["after"]}
+            for part, mass in masses.items():
+                for layer, values in enumerate(mass.T):
+                    row = dict(items=items, model=name, tokens=part, layer=layer, layers=mass.shape[1])
+                    rows.append(row | measured("attention", values, drawn))
+    return rows
+
+
+def similarity_rows(observed: dict, questions: dict, teacher_layers: int) -> list[dict]:
+    """Analysis 2: cosine to the teacher, by items, student, layer and tokens attended to."""
+    rows = []
+    for items, models in observed.items():
+        drawn = resamples(questions[items])
+        for name, seen in models.items():
+            for part, cosine in seen.cosine.items():
+                layers = cosine.shape[1]
+                groups = matched(layers, teacher_layers)
+                for layer, values in enumerate(cosine.T):
+                    row = dict(items=items, model=name, tokens=part, layer=layer, layers=layers)
+                    row["teacher_layers"] = " ".join(map(str, groups[layer]))
+                    row["understanding"] = layer in distill.understanding_layers(layers)
+                    rows.append(row | measured("cosine", values, drawn))
+    return rows
+
+
+def measured(name: str, values: np.ndarray, drawn: np.ndarray) -> dict:
+    return dict(zip((name, "low", "high"), estimate(values, drawn)), n=len(values))
+
+
+def understanding_cosine(seen: Observed, tokens: str = "image") -> np.ndarray:
+    """(n,): the mean cosine of each question over the understanding layers."""
+    cosine = seen.cosine[tokens]
+    return cosine[:, distill.understanding_layers(cosine.shape[1])].mean(1)
+
+
+def group_rows(observed: dict, questions: dict) -> tuple[list[dict], list[dict]]:
+    """Analysis 3 -> groups by similarity over image tokens in the understanding layers, with the mean
+    probability of the right answer; and Spearman's rho of the two, over all items and within kinds.
+    """
+    groups, correlations = [], []
+    for items, models in observed.items():
+        step = 2 if items == "compositional" else 1  # an item is a pair: both captions' mean
+        asked = questions[items][::step]
+        kinds, drawn = [question.kind for question in asked], resamples(asked)
+        for name, seen in models.items():
+            if not seen.cosine:
+                continue
+            x, y = (
+                values.reshape(-1, step).mean(1) for values in (understanding_cosine(seen), seen.probability)
+            )
+            group = grouped(x, by_kind(kinds))
+            for g in range(GROUPS):
+                some = group == g
+                if not some.any():  # fewer items than groups
+                    continue
+                row = dict(items=items, model=name, group=g + 1, similarity=float(x[some].mean()))
+                groups.append(row | measured("probability", y[some], drawn[:, some]))
+            for over, strata in {"all": [np.arange(len(x))], "within kinds": by_kind(kinds)}.items():
+                rho = dict(zip(("rho", "low", "high"), correlation(x, y, strata, drawn)))
+                correlations.append(dict(items=items, model=name, over=over, **rho, n=len(x)))
+    return groups, correlations
+
+
+def pair_hits(log_odds: np.ndarray) -> np.ndarray:
+    """100 where yes is likelier after the true caption than after its negative, else 0: (2n,) -> (n,)."""
+    yes = log_odds.reshape(-1, 2)
+    return 100.0 * (yes[:, 0] > yes[:, 1])
+
+
+def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
+    """Analysis 4: % of pairs right, by model, attention and kind; `change` against the model as it is."""
+    rows, pairs = [], pairs[::2]
+    kinds, drawn = np.array([question.kind for question in pairs]), resamples(pairs)
+    families = {family: np.char.startswith(kinds, family.lower()) for family in FAMILIES}
+    families = {family: some for family, some in families.items() if some.any()}
+    for name, shares in intervened.items():
+        plain = pair_hits(shares["as it is"])
+        for share, log_odds in shares.items():
+            hits = pair_hits(log_odds)
+            for family, some in (families | {"all": np.ones(len(kinds), dtype=bool)}).items():
+                row = dict(model=name, attention=share, kind=family)
+                row |= measured("score", hits[some], drawn[:, some])
+                change = estimate((hits - plain)[some], drawn[:, some])
+                rows.append(row | dict(zip(("change", "change_low", "change_high"), change)))
+    return rows
+
+
+FAMILIES = ("Swap", "Replace", "Add")
+
+
+def picture_rows(models: dict[str, model.VLM], cases: list[tuple[Path, str]]) -> list[dict]:
+    """Analysis 5: attention on each patch, in the mean over text rows and understanding layers."""
+    rows = []
+    for path, question in cases:
+        for name, vlm in models.items():
+            grid = evaluation.question_attention(vlm, path, question)  # (side, side)
+            where = dict(picture=path.name, question=question, model=name)
+            for (row, column), value in np.ndenumerate(grid):
+                rows.append(where | dict(row=row, column=column, attention=float(value)))
+    return rows
+
+
+# ---------------------------------------------------------------- figures
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; each model has a marker of its own besides.
+STYLES = {
+    "teacher": ("#000000", "o"),
+    "SFT": ("#E69F00", "s"),
+    "KD": ("#56B4E9", "^"),
+    "CompoDistill": ("#009E73", "D"),
+    "CompoDistill-rows": ("#D55E00", "v"),
+}
+OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"), ("#F0E442", "*"))
+
+
+def styles(names: list[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each model."""
+    new = [name for name in names if name not in STYLES]
+    return STYLES | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(new)}
+
+
+def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, rows: list[dict]) -> bool:
+    """A figure of `rows`, written as PNG. False where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # the optional extra "plots"; no window, no global state
+    except ImportError:
+        return False
+    figure = Figure(size, layout="constrained")
+    panels(figure, rows)
+    figure.suptitle(title)
+    handles = {}  # one legend for all panels, outside them
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+    figure.savefig(file, dpi=130)
+    return True
+
+
+def curves(axes, rows: list[dict], x: Callable, y: str) -> None:
+    """One line with intervals for each model."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    for name in names:
+        own, (colour, marker) = [row for row in rows if row["model"] == name], styles(names)[name]
+        reach = [[row[y] - row["low"] for row in own], [row["high"] - row[y] for row in own]]
+        axes.errorbar(
+            [x(row) for row in own], [row[y] for row in own], reach, color=colour, marker=marker, ms=5,
+            lw=1.4, capsize=2, label=name,
+        )  # fmt: skip
+
+
+def layer_panels(figure, rows: list[dict], y: str, title: str) -> None:
+    """Panels of items x tokens over the depth of the layer; the understanding layers are shaded."""
+    kinds = list(dict.fromkeys(row["items"] for row in rows))
+    grid = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
+    for line, tokens in zip(grid, ("image", "text")):
+        for axes, items in zip(line, kinds):
+            own = [row for row in rows if (row["items"], row["tokens"]) == (items, tokens)]
+            axes.axvspan(0.3, 0.7, color="#999999", alpha=0.18, lw=0, label="understanding layers")
+            curves(axes, own, lambda row: row["layer"] / row["layers"], y)
+            axes.set_title(f"{items} items, {tokens} tokens", fontsize=10)
+        line[0].set_ylabel(title)
+    for axes in grid[1]:
+        axes.set_xlabel("depth: layer / number of layers (0 is the first)")
+
+
+def attention_panels(figure, rows: list[dict]) -> None:
+    layer_panels(figure, rows, "attention", "share of attention")
+
+
+def similarity_panels(figure, rows: list[dict]) -> None:
+    layer_panels(figure, rows, "cosine", "cosine to the teacher")
+
+
+def group_panels(figure, rows: list[dict]) -> None:
+    kinds = list(dict.fromkeys(row["items"] for row in rows))
+    for axes, items in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        own = [row for row in rows if row["items"] == items]
+        curves(axes, own, lambda row: row["similarity"], "probability")
+        axes.set_title(f"{items} items", fontsize=10)
+        axes.set_xlabel("cosine to the teacher (image tokens, understanding layers)")
+        axes.set_ylabel("mean P(right answer)")
+        if items == "compositional":
+            axes.axhline(0.5, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
+
+
+def intervention_panels(figure, rows: list[dict]) -> None:
+    students = [name for name in dict.fromkeys(row["model"] for row in rows) if name != "teacher"]
+    looks = {"as it is": ("#000000", "o"), "mean": ("#0072B2", "s"), "full": ("#D55E00", "^")}
+    labels = {"as it is": "as it is", "mean": "mean with the teacher's", "full": "the teacher's instead"}
+    families = [*FAMILIES, "all"]
+    panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, students):
+        axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance")
+        for shift, (share, (colour, marker)) in zip((-0.2, 0, 0.2), looks.items()):
+            own = [row for row in rows if row["model"] == name and row["attention"] == share]
+            y, low, high = (np.array([row[key] for row in own]) for key in ("score", "low", "high"))
+            axes.errorbar(
+                np.arange(len(families)) + shift, y, [y - low, high - y], color=colour, marker=marker, ms=6,
+                ls="", capsize=2, label=labels[share],
+            )  # fmt: skip
+        axes.set_xticks(range(len(families)), families)
+        axes.set_title(name, fontsize=10)
+    panels[0].set_ylabel("% of caption pairs right")
+
+
+FIGURES = {  # name -> panels, inches, title
+    "attention": (attention_panels, (9, 7), "Where the answering position looks"),
+    "similarity": (similarity_panels, (9, 7), "Attention of student and teacher: cosine over text rows"),
+    "groups": (group_panels, (10, 4.5), "Items grouped by similarity to the teacher, and their answers"),
+    "intervention": (intervention_panels, (11, 4.5), "Visual attention replaced in the understanding layers"),
+}
+ANALYSES = (*FIGURES, "picture")
+
+
+# ---------------------------------------------------------------- files
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which takes the name `folder` at the end: all of it or nothing.
+
+    BadInput at once, before any work, where `folder` exists and is not empty; and where it cannot be written.
+    """
+    folder = folder.absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists already and is not empty; choose another --out or remove it first")
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, folder)
+    except OSError as error:
+        name, reason = error.filename or folder, error.strerror or error
+        raise BadInput(f"{name} could not be read or written ({reason}); mend it or take another") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
+    """name.csv and name.json, the same numbers."""
+    with open(folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    (folder / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+# ---------------------------------------------------------------- running them
+
+
+class Study(NamedTuple):
+    """What was computed: per question (n,...) and as rows."""
+
+    questions: dict[str, list[Question]]
+    observed: dict[str, dict[str, Observed]]  # items -> model -> Observed; {} if nobody asked for it
+    intervened: dict[str, dict[str, np.ndarray]]  # model -> share -> log odds of the compositional questions
+    rows: dict[str, list[dict]]  # file name -> its rows
+
+
+def analyse(
+    models: dict[str, model.VLM],
+    questions: dict[str, list[Question]],
+    cases: list[tuple[Path, str]],
+    which: list[str],
+    folder: Path,
+    size: int = 128,
+) -> Study:
+    """Run the analyses of `which` and write their numbers and figures. models: the teacher first, by name
+    "teacher", then its students; size: questions computed at once.
+    """
+    if "intervention" in which and "compositional" not in questions:
+        raise BadInput("the intervention is scored on caption pairs; give some with --sugarcrepe")
+    teacher, students = models["teacher"], {name: vlm for name, vlm in models.items() if name != "teacher"}
+    observed, intervened, rows = {}, {}, {}
+    if {"attention", "similarity", "groups"} & set(which):
+        observed = {items: observe(teacher, students, asked, size) for items, asked in questions.items()}
+    if "attention" in which:
+        rows["attention"] = attention_rows(observed, questions)
+    if "similarity" in which:
+        rows["similarity"] = similarity_rows(observed, questions, len(teacher.lm.model.layers))
+    if "groups" in which:
+        rows["groups"], rows["correlation"] = group_rows(observed, questions)
+    if "intervention" in which:
+        intervened = intervene(teacher, students, questions["compositional"], size)
+        rows["intervention"] = intervention_rows(intervened, questions["compositional"])
+    if "picture" in which:
+        rows["picture"] = picture_rows(models, cases)
+        evaluation.attention_picture(models, cases, folder / "picture.png")
+    for name, own in rows.items():
+        write_rows(folder, name, own)
+    drawn = [draw(folder / f"{name}.png", *FIGURES[name], rows[name]) for name in which if name in FIGURES]
+    if not all(drawn):
+        print(NO_PLOTS, file=sys.stderr)
+    return Study(questions, observed, intervened, rows)
+
+
+def load_models(teacher: str, students: dict[str, str | Path]) -> dict[str, model.VLM]:
+    """{"teacher", then the students}. BadInput: a student that does not read what the teacher reads."""
+    models = {"teacher": evaluation.load(teacher)}
+    first = models["teacher"]
+    for name, folder in students.items():
+        vlm = models[name] = evaluation.load(str(folder))
+        reads = [(m.question_ids("?", True), m.config.vision.image_size) for m in (vlm, first)]
+        if reads[0] != reads[1] or vlm.tokenizer.get_vocab() != first.tokenizer.get_vocab():
+            raise BadInput(
+                f"{folder} has another tokenizer, picture size or number of visual tokens than {teacher}, so "
+                "that positions do not coincide; give the teacher that it was distilled from with --teacher"
+            )
+        try:
+            matched(len(vlm.lm.model.layers), len(first.lm.model.layers))
+        except ValueError as error:
+            raise BadInput(f"{folder}: {error}") from None
+    return models
+
+
+# ---------------------------------------------------------------- command line
+
+
+def find_students(args: argparse.Namespace) -> tuple[dict[str, Path], str]:
+    """--students, or those of `python train.py` under --runs; and a sentence about what is not there."""
+    if args.students:
+        pairs = [student.partition("=")[::2] for student in args.students]
+        names = [name for name, folder in pairs if folder]
+        if len({"", "teacher", *names}) < len(pairs) + 2:
+            raise BadInput(
+                f"--students {' '.join(args.students)}: give each as NAME=FOLDER, every name once, for "
+                "example KD=out/KD/stage3; teacher is no name for a student"
+            )
+        return dict(pairs), ""
+    folders = {name: args.runs / name / "stage3" for name in (*PLAIN, *ALIGNED)}
+    found = {name: folder for name, folder in folders.items() if folder.is_dir()}
+    command = f"`python train.py --out {args.runs}` makes them"
+    if not found:
+        raise BadInput(f"{args.runs} has no student ({', '.join(folders)}); {command}")
+    lost = [name for name in folders if name not in found]
+    return found, f"Not found under {args.runs}: {', '.join(lost)}; {command}." if lost else ""
+
+
+def add_arguments(commands) -> None:
+    """The subcommands `analyse` and `story` of eval.py, added to its argparse subparsers."""
+    single = commands.add_parser("analyse", help="the paper's analyses of attention: figures and numbers")
+    single.add_argument("which", nargs="+", choices=ANALYSES, metavar="ANALYSIS", help=", ".join(ANALYSES))
+    for name, text in {"sugarcrepe": "caption pairs", "gqa": "recognition questions"}.items():
+        single.add_argument(
+            f"--{name}", nargs=2, type=Path, metavar=("ANNOTATIONS", "IMAGES"),
+            help=f"{text} in place of the tiny world's",
+        )  # fmt: skip
+    single.add_argument("--image", type=Path, help="of `picture`, with --question (default: test items)")
+    single.add_argument("--question", help="of `picture`")
+    whole = commands.add_parser("story", help="all analyses and scores, and one report of what holds here")
+    for parser in (single, whole):
+        add = parser.add_argument
+        add("--out", type=Path, required=True, help="new folder for figures and numbers")
+        add("--runs", type=Path, default=Path("out"), help="of `python train.py` (default: %(default)s)")
+        add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
+        add("--teacher", default=str(evaluation.TINY / "teacher"), help="default: the tiny one")
+        add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
+        number = dict(type=positive, metavar="N")
+        add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
+        add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return int(text)
+
+
+def run(args: argparse.Namespace) -> None:
+    """`analyse` or `story`, as parsed. ValueError (BadInput among them): one sentence for the user."""
+    if args.command == "story":
+        from story import story  # which imports this file
+
+        return story(args)
+    if (args.image is None) != (args.question is None):
+        raise BadInput(f"--image {args.image} and --question {args.question!r}: give both or none")
+    students, missing = find_students(args)
+    with whole_folder(args.out) as folder:
+        questions, cases = {}, [(args.image, args.question)]
+        if args.sugarcrepe or args.gqa:
+            questions = benchmark_questions(args.sugarcrepe, args.gqa, args.limit)
+            some = [question for asked in questions.values() for question in asked[:2]]
+            cases = cases if args.image else [(question.picture, question.text) for question in some]
+        elif set(args.which) != {"picture"} or args.image is None:
+            world = make_world(args.world or args.runs / "world")
+            questions = world_questions(world, args.limit)
+            cases = cases if args.image else evaluation.tiny_cases(world)
+        models = load_models(args.teacher, students)
+        analyse(models, questions, cases, args.which, folder, args.batch_size)
+    print(f"{missing}\n{args.out}".strip())
