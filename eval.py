@@ -38,15 +38,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-import benchmarks
 import data
 import distill
 import model
-import recipes
-import resume
 from checkpoint import BadInput, find, sentence
+from evals import benchmarks
 from qwen import Cache, Look
 from tiny.world import COMPOSITION, DESCRIBE, RECOGNITION, caption_question, make_world
+from training import recipes, resume
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
 BATCH = 256  # prompts scored at once
@@ -421,11 +420,14 @@ def read_answers(file: Path) -> list[dict]:
     """The lines of an answers file; a last line that a killed run has cut is dropped."""
     lines, rows = file.read_bytes().split(b"\n"), []
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
-            if rows and not (isinstance(rows[-1], dict) and "question_id" in rows[-1]):
-                raise ValueError("no object with question_id")
-        except ValueError as error:
+            row = json.loads(line)
+            if not (isinstance(row, dict) and isinstance(row.get("question_id"), str | int)):
+                raise ValueError("no object with a question_id")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
             if number < len(lines):
                 raise BadInput(f"{file}, line {number}: {error}; mend or remove the line") from None
     return rows
@@ -459,6 +461,16 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Question]) -> dic
                 raise BadInput(
                     f"{part} holds answers of another run ({there} there, {here} here); choose another "
                     "--answers, or score it as it is with --score-only"
+                )
+            if scored := run["scorer"] not in ("choice", "generate"):
+                tokens = row.get("tokens", 1)
+                sound = isinstance(row.get("score"), float) and isinstance(tokens, int) and tokens > 0
+            else:
+                sound = isinstance(row.get("text"), str)
+            if not sound:
+                raise BadInput(
+                    f"{part}: the answer to {row['question_id']!r} has no {'score' if scored else 'text'}; "
+                    "remove its line, and the same command asks again"
                 )
             known = questions.get(row["question_id"])
             if known is None or any(row.get(name) != value for name, value in known.line.items()):
@@ -551,6 +563,8 @@ def bench(args: argparse.Namespace) -> None:
         args.scorer = args.scorer or next((row["scorer"] for row in rows if "scorer" in row), None)
         if args.scorer in PAIR_SCORERS:
             pairs = benchmarks.read_pairs(args.name, args.annotations, None, args.as_released)
+            run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
+            rows = [*answers_so_far(file, run, questions_of(pairs, args.scorer)).values()]
             summary = summarise(args.name, pairs, rows, args.scorer, args.as_released)
         else:
             summary = benchmarks.score_file(args.name, args.annotations, file, args.as_released)
@@ -567,16 +581,19 @@ def bench(args: argparse.Namespace) -> None:
         kind = args.scorer.removesuffix("-per-token")  # which only divides: one file serves both
         file = args.answers or Path(f"out/bench/{args.name}.{kind}.jsonl")
         answer_file(args, file, asked, known)
-        if resume.rank_and_ranks()[0] > 0:
-            return
         rows = [row for row in read_answers(file) if row["question_id"] in asked]
         summary = summarise(args.name, units, rows, args.scorer, args.as_released)
+    if resume.rank_and_ranks()[0] > 0:
+        return
     print(summary)
     notes = {"scorer": args.scorer, "answers": str(file), "model": args.model}
     if unasked := [row["unasked"] for row in rows if "unasked" in row]:
         notes["unasked"] = sum(unasked) / len(unasked)
         print(f"{100 * notes['unasked']:.1f} % of {len(rows)} replies began with an option unasked")
-    out = args.out or file.with_suffix(".per-token.json" if "per-token" in (args.scorer or "") else ".json")
+    per_token = ".per-token" if args.scorer == "likelihood-per-token" else ""
+    out = args.out or file.with_suffix(f"{per_token}.scores.json")
+    if out.exists() and out.samefile(file):
+        raise BadInput(f"{out} holds the answers; choose another --out")
     resume.write_atomically(out, json.dumps(notes | summary.json(), indent=1))
     print(f"{file} and {out}")
 
@@ -662,8 +679,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    import analyses  # these two import this file
-    import chat
+    from evals import (
+        analyses,  # these two import this file
+        chat,
+    )
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -715,7 +734,7 @@ def add_bench_arguments(commands) -> None:
     add("--scorer", choices=BENCH_SCORERS, help="(default: choice; generate where answers are free)")
     add("--answers", type=Path, metavar="JSONL", help="(default: out/bench/NAME.SCORER.jsonl)")
     add("--score-only", type=Path, metavar="JSONL", help="score these answers, ours or LLaVA's; no model")
-    add("--out", type=Path, metavar="JSON", help="the summary (default: beside the answers)")
+    add("--out", type=Path, metavar="JSON", help="the summary (default: beside the answers, .scores.json)")
     add("--limit", type=whole, metavar="N", help="about N pairs or questions, evenly spread (default: all)")
     add("--batch-size", type=whole, default=32, help="questions at a time (default: %(default)s)")
     add("--workers", type=recipes.number(int, 0), default=0, help="that decode pictures (default: 0)")
@@ -735,8 +754,10 @@ def load(name: str, precision: str = "fp32") -> model.VLM:
 
 
 def main(argv: list[str] | None = None) -> None:
-    import analyses  # these two import this file
-    import chat
+    from evals import (
+        analyses,  # these two import this file
+        chat,
+    )
 
     args = parse_args(argv)
     try:

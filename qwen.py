@@ -10,7 +10,7 @@ Attention comes in three forms, on the same mask; tests/test_qwen.py equates the
     SDPA                 nobody looks: torch's fused kernel, no map exists
     explicit_attention   the plain softmax(QK^T / sqrt(D)) V, whole maps (B,H,T,S), in `attention_layers`
     visual_map           what distillation reads (`Look`): some rows and columns, head mean, beside SDPA
-and in one that computes something else on purpose, for the intervention at inference (analyses.py):
+and in one that computes something else on purpose, for the intervention at inference (evals/analyses.py):
     guided               in layers with a `Guide`, visual attention is mixed with another model's
 
 Shapes: B batch, T query tokens, S key tokens (T, or more with a cache), R query rows looked at, H heads, D
@@ -80,7 +80,7 @@ class Look(NamedTuple):
 
     groups: Sequence[Sequence[int]]  # k groups of layers; [[8], [9]] is a map of each
     rows: slice  # R query tokens, of every sample
-    columns: Tensor  # (B,P) key tokens: a sample's visual tokens (analyses.py asks for all)
+    columns: Tensor  # (B,P) key tokens: a sample's visual tokens (evals/analyses.py asks for all)
 
 
 class Guide(NamedTuple):

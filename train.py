@@ -10,8 +10,8 @@
     3 SFT   adapter + LM               L_LM                  the student, finished
 
 Read top to bottom: one step (class Step), the models of a stage, precision and ranks, one optimizer step, one
-stage (train_stage). Flags and their defaults are in recipes.py, what a run saves in resume.py, the tiny world
-in tiny/.
+stage (train_stage). Flags and their defaults are in training/recipes.py, what a run saves in
+training/resume.py, the tiny world in tiny/.
 """
 
 import argparse
@@ -32,16 +32,14 @@ from torch.utils.data import DataLoader
 
 import data
 import distill
-import lora
 import model
-import recipes
-import resume
 from checkpoint import BadInput, find, sentence
-from log import Log
 from qwen import Look, Qwen
-from recipes import TINY
 from siglip import Siglip
 from tiny.world import make_world
+from training import lora, recipes, resume
+from training.log import Log
+from training.recipes import TINY
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

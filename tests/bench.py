@@ -38,11 +38,11 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import distill  # noqa: E402
-import recipes  # noqa: E402
 import train  # noqa: E402
 from model import VLM, VLMConfig  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
 from siglip import SiglipConfig  # noqa: E402
+from training import recipes  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -424,7 +424,8 @@ def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
         return [(K, N, times * c.num_hidden_layers) for K, N, times in widths]
 
     blocks, C, wide = v.num_hidden_layers - 1, v.hidden_size, v.intermediate_size  # z is state -2
-    vision = [(v.num_channels * v.patch_size**2, C, 1), (C, C, 4 * blocks), (C, wide, blocks), (wide, C, blocks)]
+    vision = [(v.num_channels * v.patch_size**2, C, 1), (C, C, 4 * blocks)]
+    vision += [(C, wide, blocks), (wide, C, blocks)]
     p_t = [(C, t.hidden_size, 1), (t.hidden_size, t.hidden_size, 1)]
     head, teacher_head = [(s.hidden_size, s.vocab_size, 1)], [(t.hidden_size, t.vocab_size, 1)]
     forward = [

@@ -29,10 +29,10 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 import bench as step_bench  # noqa: E402
 
-import benchmarks  # noqa: E402
 import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
+from evals import benchmarks  # noqa: E402
 from tiny.world import make_world  # noqa: E402
 
 

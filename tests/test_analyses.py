@@ -17,14 +17,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import analyses
 import data
 import eval as evaluation
 import model
-import story
 import train
-from analyses import Question
 from checkpoint import BadInput
+from evals import analyses, story
+from evals.analyses import Question
 from qwen import Guide, Look, Qwen, QwenConfig, guided, rope_angles, rotate
 from tiny.world import COMPOSITION, make_world
 

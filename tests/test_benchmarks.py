@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import benchmarks
-from benchmarks import (
-    BENCHMARKS,
+from checkpoint import BadInput
+from evals import metrics
+from evals.benchmarks import BENCHMARKS, read, read_answers, read_pairs, score, score_file, score_pairs
+from evals.metrics import (
     bootstrap,
     f1,
     first_word,
@@ -28,17 +29,10 @@ from benchmarks import (
     official_accuracy,
     option,
     pope_reply,
-    read,
-    read_answers,
-    read_pairs,
     released_option,
-    score,
-    score_file,
-    score_pairs,
     share,
     soft_accuracy,
 )
-from checkpoint import BadInput
 
 SAMPLES = Path(__file__).parent / "samples"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -611,7 +605,7 @@ def test_normalisation_n2(text, wanted):
 
 def test_apostrophes():
     """114 of the published 120: four have capitals and cannot match, two change nothing."""
-    assert len(benchmarks.APOSTROPHES) == 114
+    assert len(metrics.APOSTROPHES) == 114
     mended = dict(
         dont="don't", oclock="o'clock", twas="'twas", weve="we've", shant="shan't", maam="ma'am", yall="y'all"
     )

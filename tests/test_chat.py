@@ -21,16 +21,16 @@ from PIL import Image
 from test_model import PICTURE, tiny, tiny_tokenizer
 from tokenizers import Tokenizer
 
-import chat
 import data
 import layouts
 import model
-from chat import Conversation
 from checkpoint import BadInput
 from data import IMAGE_TOKEN
+from evals import chat
+from evals.chat import Conversation
 from tiny.world import make_world
 
-ROOT = Path(chat.__file__).parent
+ROOT = Path(chat.__file__).parent.parent
 TEACHER = ROOT / "tiny/teacher"
 SYSTEM = (  # written out once more, so that a slip in data.py cannot hide
     "A chat between a curious user and an artificial intelligence assistant. "

@@ -453,7 +453,8 @@ def test_a_hub_name_as_the_student_of_stage_1(tmp_path):
     for file in (ROOT / "tiny/student").iterdir():
         shutil.copy(file, snapshot)
     script = f"""
-import recipes, train
+import train
+from training import recipes
 args = train.parse_args(["--stage", "1", "--student", "owner/name", "--out", {str(tmp_path / "out")!r}])
 args = recipes.for_stage("1", args, ranks=1)
 student, _ = train.load_models("1", args, "cpu")

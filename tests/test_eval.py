@@ -16,12 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmarks
 import data
 import eval as evaluation
 import model
 import train
 from checkpoint import BadInput
+from evals import benchmarks
 from tiny.world import COMPOSITION, RECOGNITION, make_world
 
 
@@ -222,7 +222,7 @@ def bench(world, out, *flags, name="sugarcrepe", annotations=None):
     argv = ["bench", name, *where, "--answers", out, *flags]
     evaluation.main(list(map(str, argv)))
     per_token = "likelihood-per-token" in flags
-    summary = out.with_suffix(".per-token.json" if per_token else ".json")
+    summary = out.with_suffix(".per-token.scores.json" if per_token else ".scores.json")
     return lines(out), json.loads(summary.read_text())
 
 
@@ -418,8 +418,21 @@ def test_answers_are_scored_without_a_model(world, tmp_path, capsys):
     _, summary = bench(world, tmp_path / "l.jsonl", "--scorer", "likelihood", "--limit", 20)
     evaluation.main(["bench", "sugarcrepe", *alone, str(tmp_path / "l.jsonl")])
     assert json.loads((tmp_path / "s.json").read_text())["headline"] == summary["headline"]
-    with pytest.raises(SystemExit, match="error: .*l.jsonl"):
-        evaluation.main(["bench", "sugarcrepe", *alone, str(tmp_path / "l.jsonl"), "--scorer", "choice"])
+    refused = {  # sentence -> file, flags
+        "error: .*l.jsonl": (tmp_path / "l.jsonl", "--scorer", "choice"),
+        "error: .*l.jsonl holds answers of another run": (tmp_path / "l.jsonl", "--scorer", "yes"),
+        "error: .*a.jsonl holds the answers": (tmp_path / "a.jsonl", "--out", tmp_path / "a.jsonl"),
+        "error: .*nowhere.jsonl": (tmp_path / "nowhere.jsonl",),
+    }
+    before = (tmp_path / "a.jsonl").read_bytes()
+    for sentence, (file, *flags) in refused.items():
+        with pytest.raises(SystemExit, match=sentence):
+            evaluation.main(["bench", "sugarcrepe", *alone, str(file), *map(str, flags)])
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    foreign = (tmp_path / "l.jsonl").read_text().replace('"sugarcrepe"', '"bivlc"')
+    (tmp_path / "l.jsonl").write_text(foreign)
+    with pytest.raises(SystemExit, match="error: .*another run.*bivlc.*sugarcrepe"):
+        evaluation.main(["bench", "sugarcrepe", *alone, str(tmp_path / "l.jsonl")])
 
 
 def test_foreign_answers_are_refused_and_kept(world, asked, tmp_path):
@@ -446,6 +459,11 @@ def test_foreign_answers_are_refused_and_kept(world, asked, tmp_path):
     refused("a.jsonl, line 2: ")
     out.write_bytes(before := b'{"question_id": "swap_obj/0/A", "text": "A"}\n')
     refused("another run")
+    out.write_bytes(before := lines[0].replace(b'"text"', b'"word"'))
+    refused("the answer to 'swap_obj/.*/A' has no text")
+    for line in (b"[1]", b'{"question_id": []}', b"[" * 100_000, b"\xff"):
+        out.write_bytes(before := line + b"\n" + lines[0])
+        refused("a.jsonl, line 1: ")
 
 
 def test_bad_pictures_stop_it_with_their_name(world, tmp_path):
@@ -514,7 +532,7 @@ def test_two_ranks_are_one(world, tmp_path):
     text = finish(start(world, two, 2, "--limit", 60, "--batch-size", 8))
     assert text.count("95 % intervals") == 1 and "64 answers in" in text, "rank 0 has 8 of 15 batches"
     same(one, lines(two))
-    assert json.loads(two.with_suffix(".json").read_text())["rows"] == summary["rows"]
+    assert json.loads(two.with_suffix(".scores.json").read_text())["rows"] == summary["rows"]
     assert len(list(tmp_path.iterdir())) == 4, "no part is left"
 
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-import lora
 import model
-import recipes
 import train
+from training import lora, recipes
 
 
 @pytest.fixture

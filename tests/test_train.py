@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 import data
 import model
-import recipes
 import train
 from tiny.students import STUDENTS
 from tiny.world import make_world
+from training import recipes
 
 ROOT = Path(train.__file__).parent
 # So small because the gradient of a key's bias is almost 0 (softmax does not see a shift of all scores) and
@@ -151,7 +151,7 @@ def test_a_rank_without_pictures_neither_hangs_nor_skews(one_rank, world, tmp_pa
     file = tmp_path / "mixed.json"
     file.write_text(json.dumps(records))
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2) >= 6
-    assert {int(step.sum()) for step in order} >= {0, 1}  # steps where no rank, and where one rank has a picture
+    assert {int(step.sum()) for step in order} >= {0, 1}  # steps in which no rank or one rank has a picture
     start = train.TINY / "student" if number == 1 else one_rank[0] / "student/stage1"
     where = ["--data", file, "--images", world / "images", "--name", "student", "--log-every", 1, "--lr", LR]
     for ranks in (1, 2):
@@ -504,7 +504,8 @@ def test_readme_speaks_of_what_there_is():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
-    source = "".join((ROOT / file).read_text() for file in ("recipes.py", "eval.py", "model.py", "tests/bench.py"))
+    programs = ["training/recipes.py", "eval.py", "model.py", "tests/bench.py", *ROOT.glob("evals/*.py")]
+    source = "".join((ROOT / file).read_text() for file in programs)
     known = set(re.findall(r"\"(--[\w-]+)\"", source))
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--nproc-per-node", "--help"}
     assert shown and {option.replace("--no-taf", "--taf") for option in shown} <= known, shown - known

@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 import eval as evaluation
 import model
-import recipes
 import train
 from checkpoint import BadInput, sentence
 from tiny.world import make_world
+from training import recipes
 
 # Four students: the same stages, steps, batches and data order; only these flags differ.
 STUDENTS = {

@@ -35,12 +35,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import benchmarks
 import data
 import distill
 import eval as evaluation
 import model
 from checkpoint import BadInput
+from evals import benchmarks
 from qwen import Guide, Look
 from tiny.world import caption_question, make_world
 
@@ -693,7 +693,7 @@ def positive(text: str) -> int:
 def run(args: argparse.Namespace) -> None:
     """`analyse` or `story`, as parsed. ValueError (BadInput among them): one sentence for the user."""
     if args.command == "story":
-        from story import story  # which imports this file
+        from evals.story import story  # which imports this file
 
         return story(args)
     if (args.image is None) != (args.question is None):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from checkpoint import BadInput
 
-TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
+TINY = Path(__file__).parent.parent / "tiny"  # the models that ship with the repository
 
 METHODS = {
     "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from resume import barrier, rank_and_ranks, write_atomically
+from training.resume import barrier, rank_and_ranks, write_atomically
 
 
 class Log:

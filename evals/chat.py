@@ -27,9 +27,9 @@ import distill
 import eval as evaluation
 import layouts
 import model
-import recipes
 from checkpoint import BadInput, sentence
 from qwen import Cache, Look
+from training import recipes
 
 HELP = """A line is a question. Besides there are
   /image FILE   talk about another picture, in a new conversation

@@ -15,7 +15,7 @@ import numpy as np
 
 import distill
 import eval as evaluation
-from analyses import (
+from evals.analyses import (
     ALIGNED,
     ANALYSES,
     FAMILIES,
