@@ -474,6 +474,7 @@ def test_global_batches_do_not_depend_on_ranks():
     assert again == flat
 
 
+@pytest.mark.slow
 def test_main_job(tmp_path):
     """In small: the distance falls, aligned students look like the teacher, table and picture are there."""
     out = tmp_path / "out"
