@@ -9,7 +9,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
@@ -158,10 +159,9 @@ def load_weights(
     module.load_state_dict(state, strict=True, assign=True)
 
 
-def write_folder(
-    folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None
-):
-    """Write model.safetensors, config.json and `extra` text files; `folder` appears whole or not at all.
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder to write into, which takes the name `folder` at the end: all of it or nothing.
 
     A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
     """
@@ -171,21 +171,30 @@ def write_folder(
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-        for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **(extra or {})}.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        for (
-            file
-        ) in temporary.iterdir():  # on disk before the name is: a power cut leaves no empty file behind
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+        yield temporary
         os.replace(temporary, folder)  # replaces an empty folder, too
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_folder(
+    folder: str | Path, tensors: dict[str, torch.Tensor], config: dict, extra: dict[str, str] | None = None
+):
+    """Write model.safetensors, config.json and `extra` text files; `folder` appears whole or not at all."""
+    folder = Path(folder).absolute()
+    try:
+        with whole_folder(folder) as temporary:
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
+            for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **(extra or {})}.items():
+                (temporary / name).write_text(text, encoding="utf-8")
+            # on disk before the name is: a power cut leaves no empty file behind
+            for file in temporary.iterdir():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{folder} could not be written ({reason}); free space or choose another") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _open(file: Path):

@@ -86,6 +86,12 @@ def cut(
     return ids[:end], labels[:end]
 
 
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a plain text: "<|endoftext|>" or "<|im_end|>" in it are text, too."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def _encode_pieces(spans: Iterable[tuple[str, bool]], tokenizer: Tokenizer, num_image_tokens: int):
     ids, labels = [], []
     for text, supervised in spans:
@@ -94,8 +100,7 @@ def _encode_pieces(spans: Iterable[tuple[str, bool]], tokenizer: Tokenizer, num_
         elif text is END_OF_TEXT:
             new = [tokenizer.token_to_id(END_OF_TEXT)]
         else:
-            tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
-            new = tokenizer.encode(text, add_special_tokens=False).ids
+            new = text_ids(tokenizer, text)
         ids += new
         labels += new if supervised else [IGNORE] * len(new)
     return ids, labels

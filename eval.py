@@ -45,6 +45,7 @@ from checkpoint import BadInput, find, sentence
 from evals import benchmarks
 from qwen import Cache, Look
 from tiny.world import COMPOSITION, DESCRIBE, RECOGNITION, caption_question, make_world
+from train import DTYPES, pick_device
 from training import recipes, resume
 
 TINY = Path(__file__).parent / "tiny"  # the models that ship with the repository
@@ -103,9 +104,8 @@ class Pictures(torch.utils.data.Dataset):
 
 def words(vlm: model.VLM, text: str) -> list[int]:
     """The tokens of a reply, which begins with a space where the template has none before it."""
-    vlm.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text
     space = " " if vlm.template == "chat" else ""
-    return vlm.tokenizer.encode(space + text, add_special_tokens=False).ids
+    return data.text_ids(vlm.tokenizer, space + text)
 
 
 def by_picture(pictures: Sequence[Path], size: int) -> list[list[int]]:
@@ -440,13 +440,8 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def lock(handle: IO, how: int) -> None:
-    """Until the file is closed, however the process ends. A launcher may be killed and its ranks live on."""
-    try:
-        fcntl.lockf(handle, how | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise BadInput(f"{handle.name} is being written by another process; wait until it ends") from None
-    except OSError:
-        pass  # a file system without locks
+    """A launcher may be killed and its ranks live on."""
+    resume.hold(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
 def answers_so_far(file: Path, run: dict, questions: dict[str, Question]) -> dict[str, dict]:
@@ -612,9 +607,14 @@ def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: st
     layers = distill.understanding_layers(len(vlm.lm.model.layers))
     look = Look([layers], distill.span(text), batch["visual_columns"])
     _, (attention,) = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # (1,R,P)
-    mean = attention.mean((0, 1)).cpu()  # (P,)
+    return on_patches(vlm, attention.mean((0, 1)))
+
+
+def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:
+    """(P,) -> (side, side) as the patches lie in the picture; one that the model drops gets 0."""
     side = vlm.config.vision.image_size // vlm.config.vision.patch_size
-    return F.pad(mean, (int(vlm.config.drop_first_patch), 0)).view(side, side).numpy()
+    attention = F.pad(attention.float().cpu(), (int(vlm.config.drop_first_patch), 0))
+    return attention.view(side, side).numpy()
 
 
 SIDE, GAP, HEAD = 240, 14, 44  # pixels: a picture's side, the space between two, the text above
@@ -679,10 +679,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    from evals import (
-        analyses,  # these two import this file
-        chat,
-    )
+    from evals import analyses, chat  # both import this file
 
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -738,26 +735,19 @@ def add_bench_arguments(commands) -> None:
     add("--limit", type=whole, metavar="N", help="about N pairs or questions, evenly spread (default: all)")
     add("--batch-size", type=whole, default=32, help="questions at a time (default: %(default)s)")
     add("--workers", type=recipes.number(int, 0), default=0, help="that decode pictures (default: 0)")
-    add("--precision", choices=list(PRECISIONS), default="fp32", help="(default: %(default)s)")
+    add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
     add("--as-released", action="store_true", help="the released texts and parser, stray white space and all")
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load(name: str, precision: str = "fp32") -> model.VLM:
     """A checkpoint that can be asked questions, on the GPU (under torchrun this rank's) if there is one."""
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    vlm = model.load(name, PRECISIONS[precision], device)
+    vlm = model.load(name, DTYPES[precision], pick_device())
     vlm.require_tokenizer()
     return vlm
 
 
 def main(argv: list[str] | None = None) -> None:
-    from evals import (
-        analyses,  # these two import this file
-        chat,
-    )
+    from evals import analyses, chat  # both import this file
 
     args = parse_args(argv)
     try:

@@ -261,8 +261,6 @@ def _with_image_word(c: VLMConfig, tokenizer: Tokenizer, tensors: dict[str, Tens
     Where the matrices (V,C) have no row for the word, they get their mean row: its logit is the mean of the
     others, never the greatest. A row of zeros would win wherever all others are negative.
     """
-    if tokenizer is None:
-        raise BadInput("a checkpoint has no tokenizer.json; copy its language model's beside config.json")
     tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy
     tokenizer.add_special_tokens([data.IMAGE_MARK])
     word = tokenizer.token_to_id(data.IMAGE_MARK)

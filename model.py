@@ -15,6 +15,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,10 +113,7 @@ class VLM(nn.Module):
             ids = data.encode_prompt([*before, turn], tokenizer, P)
             return ids if first else ids[ids.index(self.special(data.END_OF_TEXT)) :]
 
-        def encode(text: str) -> list[int]:
-            tokenizer.encode_special_tokens = True  # "<|im_end|>" inside a text is text
-            return tokenizer.encode(text, add_special_tokens=False).ids
-
+        encode = partial(data.text_ids, tokenizer)
         start, end = self.special(layouts.CHATML_START), self.special(layouts.CHATML_END)
         newline = encode("\n")
         asked = encode(f"user\n{question}")
@@ -260,7 +258,8 @@ class VLM(nn.Module):
         layout: native (ours), released (CompoDistill / TinyLLaVA) or hf (Hugging Face LLaVA; not with TAF).
         """
         try:
-            files = layouts.written(layout, self.config, self.tokenizer, self.state_dict(), dtype)
+            tokenizer = self.require_tokenizer() if layout == "hf" else self.tokenizer  # gets a new word
+            files = layouts.written(layout, self.config, tokenizer, self.state_dict(), dtype)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
         write_folder(folder, *files)

@@ -512,12 +512,11 @@ def identity(stage: str, args: argparse.Namespace, dataset: data.LlavaDataset) -
         models["teacher"] = args.teacher
     if stage in ("0a", "1"):
         models["vision"] = args.vision or TINY / "vision"
-    files = args.data or [dataset.records.files[0]]
     return {
         "stage": stage,
         **flags,
         **{name: resume.fingerprint(find(folder)) for name, folder in models.items()},
-        "data": [[Path(file).name, Path(file).stat().st_size] for file in files],
+        "data": [[file.name, file.stat().st_size] for file in dataset.records.files],
         "samples": len(dataset),
     }
 

@@ -22,8 +22,6 @@ Shapes: B questions, T tokens, R text rows, P visual tokens, L layers, n questio
 import argparse
 import csv
 import json
-import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +37,7 @@ import data
 import distill
 import eval as evaluation
 import model
-from checkpoint import BadInput
+from checkpoint import BadInput, whole_folder
 from evals import benchmarks
 from qwen import Guide, Look
 from tiny.world import caption_question, make_world
@@ -540,24 +538,14 @@ ANALYSES = (*FIGURES, "picture")
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the name `folder` at the end: all of it or nothing.
-
-    BadInput at once, before any work, where `folder` exists and is not empty; and where it cannot be written.
-    """
-    folder = folder.absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} exists already and is not empty; choose another --out or remove it first")
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+def output_folder(folder: Path) -> Iterator[Path]:
+    """checkpoint.whole_folder, with one sentence for what cannot be read or written on the way."""
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)
+        with whole_folder(folder) as temporary:
+            yield temporary
     except OSError as error:
         name, reason = error.filename or folder, error.strerror or error
         raise BadInput(f"{name} could not be read or written ({reason}); mend it or take another") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_rows(folder: Path, name: str, rows: list[dict]) -> None:
@@ -699,7 +687,7 @@ def run(args: argparse.Namespace) -> None:
     if (args.image is None) != (args.question is None):
         raise BadInput(f"--image {args.image} and --question {args.question!r}: give both or none")
     students, missing = find_students(args)
-    with whole_folder(args.out) as folder:
+    with output_folder(args.out) as folder:
         questions, cases = {}, [(args.image, args.question)]
         if args.sugarcrepe or args.gqa:
             questions = benchmark_questions(args.sugarcrepe, args.gqa, args.limit)

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import data
@@ -29,6 +28,7 @@ import layouts
 import model
 from checkpoint import BadInput, sentence
 from qwen import Cache, Look
+from train import DTYPES
 from training import recipes
 
 HELP = """A line is a question. Besides there are
@@ -102,9 +102,7 @@ class Conversation:
             cache=beginning(self.cache, before)[0],
             look=Look([layers], slice(0, len(rows)), columns),
         )
-        side = vlm.config.vision.image_size // vlm.config.vision.patch_size
-        mean = maps.mean((0, 1)).float().cpu()
-        return F.pad(mean, (int(vlm.config.drop_first_patch), 0)).view(side, side).numpy()
+        return evaluation.on_patches(vlm, maps.mean((0, 1)))
 
     def save_attention(self) -> Path:
         """The picture under the question, and where the model looked under its answer -> a new PNG's name."""
@@ -193,7 +191,7 @@ def add_arguments(commands) -> None:
     add("--image", type=Path, help="the picture to talk about (default: none)")
     add("--question", help="only this: prints the answer and ends")
     add("--template", choices=layouts.TEMPLATES, help="of the prompt (default: what fits the checkpoint)")
-    add("--precision", choices=list(evaluation.PRECISIONS), default="fp32", help="(default: %(default)s)")
+    add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
     length = recipes.number(int, 1)
     add("--max-new-tokens", type=length, default=512, metavar="N", help="an answer (default: %(default)s)")
 

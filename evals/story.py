@@ -29,11 +29,11 @@ from evals.analyses import (
     estimate,
     find_students,
     load_models,
+    output_folder,
     pair_hits,
     resamples,
     spearman,
     understanding_cosine,
-    whole_folder,
     world_questions,
     write_rows,
 )  # fmt: skip
@@ -334,7 +334,7 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
 def story(args: argparse.Namespace) -> None:
     """All analyses and scores of what is there, and report.md about them."""
     students, missing = find_students(args)
-    with whole_folder(args.out) as folder:
+    with output_folder(args.out) as folder:
         models, world = load_models(args.teacher, students), make_world(args.world or args.runs / "world")
         questions = world_questions(world, args.limit)
         items = [(question.picture, question.text, question.answer) for question in questions["recognition"]]

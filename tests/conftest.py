@@ -17,3 +17,11 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """The tiny teacher that ships."""
+    import model
+
+    return model.load(Path(model.__file__).parent / "tiny/teacher")

@@ -33,11 +33,6 @@ def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("tiny") / "world", tune=8, pretrain=8, per_kind=20)
 
 
-@pytest.fixture(scope="module")
-def teacher():
-    return model.load(train.TINY / "teacher")
-
-
 def new_student(teacher, seed=0):
     """A student with a random adapter, its attention sharpened, so that its maps differ from head to head."""
     torch.manual_seed(seed)

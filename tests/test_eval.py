@@ -31,11 +31,6 @@ def world(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def teacher():
-    return model.load(train.TINY / "teacher")
-
-
-@pytest.fixture(scope="module")
 def pairs(world):
     return [pair for rows in evaluation.tiny_items(world, limit=3)[1].values() for pair in rows]
 

@@ -5,17 +5,15 @@ SugarCrepe's form. Everything then goes through data.py, like the 665k records o
 """
 
 import json
-import os
 import random
 import re
-import shutil
 import zlib
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint import BadInput
+from checkpoint import BadInput, whole_folder
 from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces
 
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
@@ -191,14 +189,10 @@ def make_world(
         return folder
     if folder.exists():
         raise BadInput(f"{folder} exists and is not a tiny world; remove it or choose another --out")
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    try:
-        (temporary / "images").mkdir(parents=True)
+    with whole_folder(folder) as temporary:
+        (temporary / "images").mkdir()
         (temporary / "test").mkdir()
         _write_world(temporary, seed, tune, pretrain, per_kind)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

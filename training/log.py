@@ -1,8 +1,8 @@
 """What a run says: a line and a JSON row per logged step, bad samples, and the batch that gave NaN.
 
-out/name/stage2.jsonl       step, every loss term (unweighted), lr, grad_norm, rates, padding, memory, eta
-            stage2.bad.jsonl   samples that --skip-bad-samples passed over
-            stage2.nan-rank0.json   the batch after which a loss or the gradient was not finite
+    out/name/stage2.jsonl            step, every loss term, lr, gradient norm, rates, padding, memory, ETA
+             stage2.bad.jsonl        samples that --skip-bad-samples passed over
+             stage2.nan-rank0.json   the batch after which a loss or the gradient was not finite
 """
 
 import argparse

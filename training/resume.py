@@ -74,23 +74,26 @@ def check_writable(folder: Path, needed: int = 0) -> None:
 
 
 def lock(run: Path) -> IO:
-    """One process at a time trains a run. Held as long as the file is open: the system lets go of it however
-    the process ends.
-    """
+    """One process at a time trains a run."""
     file = open(run / "lock", "w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise BadInput(
-            f"{run} is being trained by another process; stop that one, or choose another --out or --name"
-        ) from None
-    except OSError:
-        pass  # a file system without locks
+    taken = f"{run} is being trained by another process; stop that one, or choose another --out or --name"
+    hold(file, fcntl.LOCK_EX, taken)
     return file
 
 
+def hold(file: IO, how: int, taken: str) -> None:
+    """Lock a file until it is closed, however the process ends; `taken` is the sentence where another has it.
+    """
+    try:
+        fcntl.lockf(file, how | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(taken) from None
+    except OSError:
+        pass  # a file system without locks
+
+
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
-    """Make or find the run folder -> whether the run has finished. One of another run is refused."""
+    """Whose run folder is it? -> whether the run has finished. One of another run is refused."""
     file = run / "run.json"
     if not file.exists() and model_folder.exists():
         raise BadInput(f"{model_folder} exists already; remove it, or choose another --out or --name")
@@ -107,7 +110,6 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
                 "repeat its arguments to go on with it, remove it, or choose another --out or --name"
             )
     elif rank_and_ranks()[0] == 0:
-        run.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(identity, indent=1))
     finished = model_folder.exists()
     barrier()
