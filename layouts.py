@@ -68,10 +68,7 @@ ADAPTER_LAYOUTS = {
     "connector._connector.2.": "linear_2.",
     "multi_modal_projector.": "",
 }
-VISION_PREFIXES = (
-    "vision_tower._vision_tower.",
-    "vision_tower.",
-)  # released, HF; then as in a plain SigLIP file
+VISION_PREFIXES = ("vision_tower._vision_tower.", "vision_tower.")  # released, HF; then as in a plain SigLIP
 
 
 def read_config(folder: Path) -> VLMConfig:
@@ -91,9 +88,8 @@ def read_config(folder: Path) -> VLMConfig:
     if config.get("tie_word_embeddings") and not any(
         n.endswith("lm_head.weight") for n in tensor_names(folder)
     ):
-        base = replace(
-            base, text=replace(base.text, tie_word_embeddings=True)
-        )  # transformers 5 says it on top only
+        # transformers 5 says it on top only
+        base = replace(base, text=replace(base.text, tie_word_embeddings=True))
     select, layer = (
         config.get("vision_feature_select_strategy", "default"),
         config.get("vision_feature_layer", -2),

@@ -68,10 +68,9 @@ class VLM(nn.Module):
         """
         base = VLMConfig(vision.config, lm.config) if teacher is None else teacher.config
         width = teacher.config.text.hidden_size if taf else None
-        config = replace(base, vision=vision.config, text=lm.config, taf_width=width, taf_gelu=False)
-        config = replace(
-            config, image_token_index=IMAGE_TOKEN
-        )  # the teacher's may be a word of this vocabulary
+        # the teacher's image_token_index may be a word of this vocabulary
+        parts = dict(vision=vision.config, text=lm.config, image_token_index=IMAGE_TOKEN)
+        config = replace(base, **parts, taf_width=width, taf_gelu=False)
         with torch.device("meta"):
             vlm = cls(config, tokenizer)
         vlm.vision, vlm.lm = vision, lm

@@ -55,18 +55,15 @@ class QwenConfig:
             raise BadInput(
                 f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5"
             )
-        rope = section(
-            {"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file
-        )  # transformers 5
+        # transformers 5 writes rope_theta into rope_parameters, 4.x beside it
+        rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)
         scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
         scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
         if config.get("use_sliding_window") or scaled or config.get("hidden_act", "silu") != "silu":
             raise BadInput(
                 f"{file}: sliding windows, rope scaling and activations other than silu are not supported"
             )
-        c = to_dataclass(
-            cls, {"rope_theta": rope.get("rope_theta"), **config}, file
-        )  # 4.x wrote rope_theta here
+        c = to_dataclass(cls, {"rope_theta": rope.get("rope_theta"), **config}, file)
         if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
             raise BadInput(
                 f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} "
@@ -405,8 +402,7 @@ class Qwen(nn.Module):
         config = QwenConfig.from_hf(read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):
             lm = cls(config)
-        drop = (
-            "lm_head." if config.tie_word_embeddings else ()
-        )  # some tied files still carry a copy of the embedding
+        # some tied files still carry a copy of the embedding
+        drop = "lm_head." if config.tie_word_embeddings else ()
         load_weights(lm, folder, lambda name: None if name.startswith(drop) else name, dtype, device)
         return lm.eval()

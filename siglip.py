@@ -66,9 +66,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.num_patches, c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        x = (
-            self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)
-        )  # (N,C,S/p,S/p) -> (N,P,C), row by row
+        x = self.patch_embedding(pixel_values)  # (N,C,S/p,S/p)
+        x = x.flatten(2).transpose(1, 2)  # (N,P,C), row by row
         return x + self.position_embedding.weight
 
 

@@ -23,7 +23,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -35,17 +35,24 @@ from torch import Tensor
 
 import data
 import distill
-import eval as evaluation
 import model
 from checkpoint import BadInput, whole_folder
-from evals import benchmarks
+from evals import benchmarks, figures, pictures, scorers
+from evals.answers import SHOWS
 from qwen import Guide, Look
-from tiny.world import caption_question, make_world
+from tiny.world import caption_question, make_world, tiny_cases, tiny_items
+from training import recipes
+from training.recipes import TINY
 
 PLAIN, ALIGNED = ("SFT", "KD"), ("CompoDistill", "CompoDistill-rows")  # what `python train.py` trains
-SHARES = {"as it is": 0.0, "mean": 0.5, "full": 1.0}  # of the teacher's visual attention
+WAYS = {  # of the intervention: whose head-mean maps stand in for visual attention, and their share
+    "as it is": ("", 0.0),
+    "mean": ("teacher", 0.5),  # the paper's
+    "full": ("teacher", 1.0),
+    "own mean": ("own", 0.5),  # a control: what averaging over heads does, without a teacher
+    "other picture": ("stranger", 0.5),  # a control: where the teacher looks in another picture
+}
 GROUPS, RESAMPLES = 5, 1000
-NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotlib, then another --out'
 
 
 class Question(NamedTuple):
@@ -59,7 +66,7 @@ class Question(NamedTuple):
 
 def world_questions(world: Path, limit: int | None = None) -> dict[str, list[Question]]:
     """The tiny world's test -> {"recognition": questions, "compositional": both captions of every pair}."""
-    recognition, composition = evaluation.tiny_items(world, limit)
+    recognition, composition = tiny_items(world, limit)
     single = [Question(*item, kind) for kind, items in recognition.items() for item in items]
     pairs = [
         Question(picture, caption_question(caption), answer, kind)
@@ -81,7 +88,7 @@ def benchmark_questions(
         questions["recognition"] = first_of_each_kind(rows, limit)
     if sugarcrepe:
         rows = [
-            Question(pair.image, evaluation.SHOWS.format(caption), answer, pair.rows[0])
+            Question(pair.image, SHOWS.format(caption), answer, pair.rows[0])
             for pair in benchmarks.read_pairs("sugarcrepe", *sugarcrepe)
             for caption, answer in zip(pair.captions, ("yes", "no"))
         ]
@@ -118,8 +125,8 @@ class Observed(NamedTuple):
 
 def answered(vlm: model.VLM, question: Question) -> dict:
     """A sample for collate: the prompt, and the right answer as its labels."""
-    sample = evaluation.prompt(vlm, question.picture, question.text)
-    answer = evaluation.words(vlm, question.answer)
+    sample = scorers.prompt(vlm, question.picture, question.text)
+    answer = scorers.words(vlm, question.answer)
     labels = sample["labels"] + answer
     return {**sample, "input_ids": sample["input_ids"] + answer, "labels": labels, "id": question.answer}
 
@@ -131,9 +138,9 @@ def observe(
     """Analyses 1 to 3 in one pass: {"teacher" and each student: Observed}; `size` questions at a time."""
     models = {"teacher": teacher, **students}
     found = {name: [] for name in models}
-    options = evaluation.option_tokens(teacher, ("yes", "no"))
+    options = scorers.option_tokens(teacher, ("yes", "no"))
     samples = (answered(teacher, question) for question in questions)
-    for batch in evaluation.batches(samples, teacher.device, size):
+    for batch in scorers.batches(samples, teacher.device, size):
         position = torch.arange(batch["input_ids"].shape[1], device=teacher.device)
         first = (batch["labels"] != data.IGNORE).long().argmax(1, keepdim=True)  # (B,1), of the answer
         columns, real = batch["visual_columns"], batch["attention_mask"]
@@ -204,44 +211,65 @@ def gathered(batches: list[tuple]) -> Observed:
 def intervene(
     teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Analysis 4: {model: {key of SHARES: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
+    """Analysis 4: {model: {key of WAYS: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
 
-    In each understanding layer of a student the guide is the mean map of that layer's teacher group.
+    In each understanding layer of a student the guide is the mean map of that layer's teacher group, or, as
+    controls, the student's own map as it was, and the teacher's for the same words and another picture.
     """
-    found = {"teacher": {"as it is": []}} | {name: {share: [] for share in SHARES} for name in students}
+    found = {"teacher": {"as it is": []}} | {name: {way: [] for way in WAYS} for name in students}
     ours = distill.understanding_layers(len(teacher.lm.model.layers))
-    options = evaluation.option_tokens(teacher, ("yes", "no"))
-    for batch in evaluation.batches(prompts(teacher, questions, options.lead), teacher.device, size):
+    options = scorers.option_tokens(teacher, ("yes", "no"))
+    streams = (
+        scorers.batches(prompts(teacher, asked, options.lead), teacher.device, size)
+        for asked in (questions, with_other_pictures(questions))
+    )
+    for batch, other in zip(*streams):
         ids, pixels, columns = (batch[name] for name in ("input_ids", "pixel_values", "visual_columns"))
-        look = Look([[i] for i in ours], slice(0, ids.shape[1]), columns)
+        rows, last = slice(0, ids.shape[1]), batch["attention_mask"].sum(1) - 1
+        look = Look([[i] for i in ours], rows, columns)
         hidden, maps = teacher.hidden(ids, pixels, look=look)  # (B,T,P) a layer
-        last = batch["attention_mask"].sum(1) - 1
         found["teacher"]["as it is"].append(yes_over_no(teacher, hidden, last, options))
-        maps = dict(zip(ours, maps))
+        theirs = {"teacher": maps, "stranger": teacher.hidden(ids, other["pixel_values"], look=look)[1]}
         for name, vlm in students.items():
             layers = distill.understanding_layers(len(vlm.lm.model.layers))
-            goals = dict(zip(layers, distill.group_mean(maps, distill.match_layers(layers, ours))))
+            groups = distill.match_layers(layers, ours)
+            goals = {who: distill.group_mean(dict(zip(ours, maps)), groups) for who, maps in theirs.items()}
             embeds = vlm.embed(ids, pixels)
-            for key, share in SHARES.items():
-                guides = {i: Guide(goal, columns, share) for i, goal in goals.items()} if share else None
-                hidden, _ = vlm.lm.hidden(inputs_embeds=embeds, guides=guides)
-                found[name][key].append(yes_over_no(vlm, hidden, last, options))
-    joined = {name: {key: torch.cat(x) for key, x in shares.items()} for name, shares in found.items()}
-    for name, shares in joined.items():
-        must_be_finite(name, torch.cat(list(shares.values())))
-    return {name: {key: x.cpu().numpy() for key, x in shares.items()} for name, shares in joined.items()}
+            plain, goals["own"] = vlm.lm.hidden(
+                inputs_embeds=embeds, look=Look([[i] for i in layers], rows, columns)
+            )
+            for way, (whose, share) in WAYS.items():
+                hidden = plain
+                if share:
+                    guides = {i: Guide(goal, columns, share) for i, goal in zip(layers, goals[whose])}
+                    hidden, _ = vlm.lm.hidden(inputs_embeds=embeds, guides=guides)
+                found[name][way].append(yes_over_no(vlm, hidden, last, options))
+    joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
+    for name, ways in joined.items():
+        must_be_finite(name, torch.cat(list(ways.values())))
+    return {name: {way: x.cpu().numpy() for way, x in ways.items()} for name, ways in joined.items()}
+
+
+def with_other_pictures(questions: list[Question]) -> list[Question]:
+    """The same questions, each with another picture: the one half the list of pictures away."""
+    own = list(dict.fromkeys(question.picture for question in questions))
+    if len(own) < 2:
+        raise BadInput("the intervention's control needs two pictures; give a larger --limit")
+    half = len(own) // 2
+    other = dict(zip(own, own[half:] + own[:half]))
+    return [question._replace(picture=other[question.picture]) for question in questions]
 
 
 def prompts(vlm: model.VLM, questions: list[Question], lead: tuple[int, ...]) -> Iterator[dict]:
     """Samples for collate, each the prompt and the tokens with which yes and no both begin, if any."""
     for question in questions:
-        sample = evaluation.prompt(vlm, question.picture, question.text)
+        sample = scorers.prompt(vlm, question.picture, question.text)
         yield {name: sample[name] + list(lead) for name in ("input_ids", "labels")} | {
             "pixel_values": sample["pixel_values"]
         }
 
 
-def yes_over_no(vlm: model.VLM, hidden: Tensor, last: Tensor, options: evaluation.Options) -> Tensor:
+def yes_over_no(vlm: model.VLM, hidden: Tensor, last: Tensor, options: scorers.Options) -> Tensor:
     """log P(yes) / P(no) after position `last` (B,), the sum over their forms: hidden (B,T,C) -> (B,)."""
     logits = vlm.lm.head(hidden[torch.arange(len(last), device=last.device), last]).float()
     yes, no = (logits[:, ids].logsumexp(1) for ids in options.tokens)
@@ -394,12 +422,12 @@ def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
     kinds, drawn = np.array([question.kind for question in pairs]), resamples(pairs)
     families = {family: np.char.startswith(kinds, family.lower()) for family in FAMILIES}
     families = {family: some for family, some in families.items() if some.any()}
-    for name, shares in intervened.items():
-        plain = pair_hits(shares["as it is"])
-        for share, log_odds in shares.items():
+    for name, ways in intervened.items():
+        plain = pair_hits(ways["as it is"])
+        for way, log_odds in ways.items():
             hits = pair_hits(log_odds)
             for family, some in (families | {"all": np.ones(len(kinds), dtype=bool)}).items():
-                row = dict(model=name, attention=share, kind=family)
+                row = dict(model=name, attention=way, kind=family)
                 row |= measured("score", hits[some], drawn[:, some])
                 change = estimate((hits - plain)[some], drawn[:, some])
                 rows.append(row | dict(zip(("change", "change_low", "change_high"), change)))
@@ -414,124 +442,14 @@ def picture_rows(models: dict[str, model.VLM], cases: list[tuple[Path, str]]) ->
     rows = []
     for path, question in cases:
         for name, vlm in models.items():
-            grid = evaluation.question_attention(vlm, path, question)  # (side, side)
+            grid = pictures.question_attention(vlm, path, question)  # (side, side)
             where = dict(picture=path.name, question=question, model=name)
             for (row, column), value in np.ndenumerate(grid):
                 rows.append(where | dict(row=row, column=column, attention=float(value)))
     return rows
 
 
-# ---------------------------------------------------------------- figures
-
-# Okabe and Ito's colours, told apart by colour-blind readers too; each model has a marker of its own besides.
-STYLES = {
-    "teacher": ("#000000", "o"),
-    "SFT": ("#E69F00", "s"),
-    "KD": ("#56B4E9", "^"),
-    "CompoDistill": ("#009E73", "D"),
-    "CompoDistill-rows": ("#D55E00", "v"),
-}
-OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"), ("#F0E442", "*"))
-
-
-def styles(names: list[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each model."""
-    new = [name for name in names if name not in STYLES]
-    return STYLES | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(new)}
-
-
-def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, rows: list[dict]) -> bool:
-    """A figure of `rows`, written as PNG. False where there is no matplotlib."""
-    try:
-        from matplotlib.figure import Figure  # the optional extra "plots"; no window, no global state
-    except ImportError:
-        return False
-    figure = Figure(size, layout="constrained")
-    panels(figure, rows)
-    figure.suptitle(title)
-    handles = {}  # one legend for all panels, outside them
-    for axes in figure.axes:
-        handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
-        axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
-    figure.savefig(file, dpi=130)
-    return True
-
-
-def curves(axes, rows: list[dict], x: Callable, y: str) -> None:
-    """One line with intervals for each model."""
-    names = list(dict.fromkeys(row["model"] for row in rows))
-    for name in names:
-        own, (colour, marker) = [row for row in rows if row["model"] == name], styles(names)[name]
-        reach = [[row[y] - row["low"] for row in own], [row["high"] - row[y] for row in own]]
-        axes.errorbar(
-            [x(row) for row in own], [row[y] for row in own], reach, color=colour, marker=marker, ms=5,
-            lw=1.4, capsize=2, label=name,
-        )  # fmt: skip
-
-
-def layer_panels(figure, rows: list[dict], y: str, title: str) -> None:
-    """Panels of items x tokens over the depth of the layer; the understanding layers are shaded."""
-    kinds = list(dict.fromkeys(row["items"] for row in rows))
-    grid = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
-    for line, tokens in zip(grid, ("image", "text")):
-        for axes, items in zip(line, kinds):
-            own = [row for row in rows if (row["items"], row["tokens"]) == (items, tokens)]
-            axes.axvspan(0.3, 0.7, color="#999999", alpha=0.18, lw=0, label="understanding layers")
-            curves(axes, own, lambda row: row["layer"] / row["layers"], y)
-            axes.set_title(f"{items} items, {tokens} tokens", fontsize=10)
-        line[0].set_ylabel(title)
-    for axes in grid[1]:
-        axes.set_xlabel("depth: layer / number of layers (0 is the first)")
-
-
-def attention_panels(figure, rows: list[dict]) -> None:
-    layer_panels(figure, rows, "attention", "share of attention")
-
-
-def similarity_panels(figure, rows: list[dict]) -> None:
-    layer_panels(figure, rows, "cosine", "cosine to the teacher")
-
-
-def group_panels(figure, rows: list[dict]) -> None:
-    kinds = list(dict.fromkeys(row["items"] for row in rows))
-    for axes, items in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
-        own = [row for row in rows if row["items"] == items]
-        curves(axes, own, lambda row: row["similarity"], "probability")
-        axes.set_title(f"{items} items", fontsize=10)
-        axes.set_xlabel("cosine to the teacher (image tokens, understanding layers)")
-        axes.set_ylabel("mean P(right answer)")
-        if items == "compositional":
-            axes.axhline(0.5, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
-
-
-def intervention_panels(figure, rows: list[dict]) -> None:
-    students = [name for name in dict.fromkeys(row["model"] for row in rows) if name != "teacher"]
-    looks = {"as it is": ("#000000", "o"), "mean": ("#0072B2", "s"), "full": ("#D55E00", "^")}
-    labels = {"as it is": "as it is", "mean": "mean with the teacher's", "full": "the teacher's instead"}
-    families = [*FAMILIES, "all"]
-    panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
-    for axes, name in zip(panels, students):
-        axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance")
-        for shift, (share, (colour, marker)) in zip((-0.2, 0, 0.2), looks.items()):
-            own = [row for row in rows if row["model"] == name and row["attention"] == share]
-            y, low, high = (np.array([row[key] for row in own]) for key in ("score", "low", "high"))
-            axes.errorbar(
-                np.arange(len(families)) + shift, y, [y - low, high - y], color=colour, marker=marker, ms=6,
-                ls="", capsize=2, label=labels[share],
-            )  # fmt: skip
-        axes.set_xticks(range(len(families)), families)
-        axes.set_title(name, fontsize=10)
-    panels[0].set_ylabel("% of caption pairs right")
-
-
-FIGURES = {  # name -> panels, inches, title
-    "attention": (attention_panels, (9, 7), "Where the answering position looks"),
-    "similarity": (similarity_panels, (9, 7), "Attention of student and teacher: cosine over text rows"),
-    "groups": (group_panels, (10, 4.5), "Items grouped by similarity to the teacher, and their answers"),
-    "intervention": (intervention_panels, (11, 4.5), "Visual attention replaced in the understanding layers"),
-}
-ANALYSES = (*FIGURES, "picture")
+ANALYSES = (*figures.FIGURES, "picture")
 
 
 # ---------------------------------------------------------------- files
@@ -565,7 +483,7 @@ class Study(NamedTuple):
 
     questions: dict[str, list[Question]]
     observed: dict[str, dict[str, Observed]]  # items -> model -> Observed; {} if nobody asked for it
-    intervened: dict[str, dict[str, np.ndarray]]  # model -> share -> log odds of the compositional questions
+    intervened: dict[str, dict[str, np.ndarray]]  # model -> way -> log odds of the compositional questions
     rows: dict[str, list[dict]]  # file name -> its rows
 
 
@@ -597,21 +515,25 @@ def analyse(
         rows["intervention"] = intervention_rows(intervened, questions["compositional"])
     if "picture" in which:
         rows["picture"] = picture_rows(models, cases)
-        evaluation.attention_picture(models, cases, folder / "picture.png")
+        pictures.attention_picture(models, cases, folder / "picture.png")
     for name, own in rows.items():
         write_rows(folder, name, own)
-    drawn = [draw(folder / f"{name}.png", *FIGURES[name], rows[name]) for name in which if name in FIGURES]
+    drawn = [
+        figures.draw(folder / f"{name}.png", *figures.FIGURES[name], rows[name])
+        for name in which
+        if name in figures.FIGURES
+    ]
     if not all(drawn):
-        print(NO_PLOTS, file=sys.stderr)
+        print(figures.NO_PLOTS, file=sys.stderr)
     return Study(questions, observed, intervened, rows)
 
 
 def load_models(teacher: str, students: dict[str, str | Path]) -> dict[str, model.VLM]:
     """{"teacher", then the students}. BadInput: a student that does not read what the teacher reads."""
-    models = {"teacher": evaluation.load(teacher)}
+    models = {"teacher": scorers.load(teacher)}
     first = models["teacher"]
     for name, folder in students.items():
-        vlm = models[name] = evaluation.load(str(folder))
+        vlm = models[name] = scorers.load(str(folder))
         reads = [(m.question_ids("?", True), m.config.vision.image_size) for m in (vlm, first)]
         if reads[0] != reads[1] or vlm.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise BadInput(
@@ -665,25 +587,15 @@ def add_arguments(commands) -> None:
         add("--out", type=Path, required=True, help="new folder for figures and numbers")
         add("--runs", type=Path, default=Path("out"), help="of `python train.py` (default: %(default)s)")
         add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
-        add("--teacher", default=str(evaluation.TINY / "teacher"), help="default: the tiny one")
+        add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
         add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
-        number = dict(type=positive, metavar="N")
+        number = dict(type=recipes.number(int, 1), metavar="N")
         add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
         add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
 
 
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return int(text)
-
-
 def run(args: argparse.Namespace) -> None:
-    """`analyse` or `story`, as parsed. ValueError (BadInput among them): one sentence for the user."""
-    if args.command == "story":
-        from evals.story import story  # which imports this file
-
-        return story(args)
+    """`analyse`, as parsed. ValueError (BadInput among them): one sentence for the user."""
     if (args.image is None) != (args.question is None):
         raise BadInput(f"--image {args.image} and --question {args.question!r}: give both or none")
     students, missing = find_students(args)
@@ -696,7 +608,7 @@ def run(args: argparse.Namespace) -> None:
         elif set(args.which) != {"picture"} or args.image is None:
             world = make_world(args.world or args.runs / "world")
             questions = world_questions(world, args.limit)
-            cases = cases if args.image else evaluation.tiny_cases(world)
+            cases = cases if args.image else tiny_cases(world)
         models = load_models(args.teacher, students)
         analyse(models, questions, cases, args.which, folder, args.batch_size)
     print(f"{missing}\n{args.out}".strip())

@@ -23,10 +23,10 @@ from PIL import Image, ImageDraw
 
 import data
 import distill
-import eval as evaluation
 import layouts
 import model
 from checkpoint import BadInput, sentence
+from evals import pictures, scorers
 from qwen import Cache, Look
 from train import DTYPES
 from training import recipes
@@ -102,13 +102,13 @@ class Conversation:
             cache=beginning(self.cache, before)[0],
             look=Look([layers], slice(0, len(rows)), columns),
         )
-        return evaluation.on_patches(vlm, maps.mean((0, 1)))
+        return pictures.on_patches(vlm, maps.mean((0, 1)))
 
     def save_attention(self) -> Path:
         """The picture under the question, and where the model looked under its answer -> a new PNG's name."""
         attention = self.attention()
-        side, gap, head = evaluation.SIDE, evaluation.GAP, evaluation.HEAD
-        images = evaluation.enlarge(self.picture), evaluation.heat(self.picture, attention)
+        side, gap, head = pictures.SIDE, pictures.GAP, pictures.HEAD
+        images = pictures.enlarge(self.picture), pictures.heat(self.picture, attention)
         sheet = Image.new("RGB", (2 * side + 3 * gap, head + side + 2 * gap), "white")
         pen = ImageDraw.Draw(sheet)
         for x, text, image in zip((gap, side + 2 * gap), (self.question, self.answer), images):
@@ -199,7 +199,7 @@ def add_arguments(commands) -> None:
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for. BadInput: one sentence for it to print."""
     sys.stdout.reconfigure(errors="replace")  # a letter that a terminal does not know is no reason to end
-    vlm = evaluation.load(args.model, args.precision)
+    vlm = scorers.load(args.model, args.precision)
     vlm.template = args.template or vlm.template
     vlm.question_ids("", False)  # BadInput where its tokenizer lacks the template's tokens
     try:

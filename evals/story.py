@@ -14,16 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 import distill
-import eval as evaluation
+from evals import scorers
 from evals.analyses import (
     ALIGNED,
     ANALYSES,
     FAMILIES,
-    FIGURES,
     GROUPS,
-    NO_PLOTS,
     PLAIN,
-    SHARES,
+    WAYS,
     Study,
     analyse,
     estimate,
@@ -37,7 +35,8 @@ from evals.analyses import (
     world_questions,
     write_rows,
 )  # fmt: skip
-from tiny.world import make_world
+from evals.figures import FIGURES, NO_PLOTS
+from tiny.world import make_world, tiny_cases
 
 
 class Claim(NamedTuple):
@@ -232,12 +231,12 @@ def correlation_table(study: Study) -> str:
 def intervention_table(study: Study) -> str:
     lines = []
     for name in [name for name in study.intervened if name != "teacher"]:
-        for share in SHARES:
+        for way, (_, share) in WAYS.items():
             own = [
-                row for row in study.rows["intervention"] if (row["model"], row["attention"]) == (name, share)
+                row for row in study.rows["intervention"] if (row["model"], row["attention"]) == (name, way)
             ]
-            change = spread(*(own[-1][key] for key in CHANGE)) if SHARES[share] else ""
-            lines.append([name, share, *(f"{row['score']:.1f}" for row in own), change])
+            change = spread(*(own[-1][key] for key in CHANGE)) if share else ""
+            lines.append([name, way, *(f"{row['score']:.1f}" for row in own), change])
     return markdown(["student", "visual attention", *FAMILIES, "all", "change"], lines)
 
 
@@ -251,6 +250,19 @@ def full_against_mean(study: Study) -> str:
                     "the opposite holds": "hurts"}[claim.verdict]  # fmt: skip
             said.append(f"{word} {row['model']} ({claim.value:+.1f} [{claim.low:+.1f}, {claim.high:+.1f}])")
     return "Full replacement " + ", ".join(said) + "."
+
+
+CONTROLS = {"own mean": "its own head mean", "other picture": "the teacher's of another picture"}
+
+
+def against_controls(study: Study) -> str:
+    """Is it the teacher's map of this picture that matters? The mean against the same mean with others."""
+    lines, drawn = [], resamples(study.questions["compositional"][::2])
+    for name in [name for name in study.intervened if name != "teacher"]:
+        hits = {way: pair_hits(odds) for way, odds in study.intervened[name].items()}
+        lines.append([name, *(spread(*estimate(hits["mean"] - hits[way], drawn)) for way in CONTROLS)])
+    head = [f"the teacher's rather than {text}" for text in CONTROLS.values()]
+    return markdown(["mean with", *head], lines)
 
 
 def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figures: bool) -> str:
@@ -320,6 +332,10 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
             figure("intervention", "Caption pairs, with the visual attention as it is, mixed and replaced."),
             intervention_table(study),
             "*% of pairs right; change: against the same student as it is, all pairs, in points.*",
+            against_controls(study),
+            "*In points of all pairs. A mean mixes one map into all heads: a student's own head mean shows "
+            "what that alone does; the teacher's map for the same words and another picture shows what it "
+            "does to look in a wrong place.*",
             claims(third),
             full_against_mean(study),
             f"## {fourth}",
@@ -338,9 +354,9 @@ def story(args: argparse.Namespace) -> None:
         models, world = load_models(args.teacher, students), make_world(args.world or args.runs / "world")
         questions = world_questions(world, args.limit)
         items = [(question.picture, question.text, question.answer) for question in questions["recognition"]]
-        recognised = {name: np.array(evaluation.exact_answers(vlm, items)) for name, vlm in models.items()}
+        recognised = {name: np.array(scorers.exact_answers(vlm, items)) for name, vlm in models.items()}
         study = analyse(
-            models, questions, evaluation.tiny_cases(world), list(ANALYSES), folder, args.batch_size
+            models, questions, tiny_cases(world), list(ANALYSES), folder, args.batch_size
         )
         text = report(study, recognised, missing, (folder / "attention.png").exists())
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")

@@ -30,9 +30,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 import bench as step_bench  # noqa: E402
 
 import data  # noqa: E402
-import eval as evaluation  # noqa: E402
 import model  # noqa: E402
-from evals import benchmarks  # noqa: E402
+from evals import answers, benchmarks, scorers  # noqa: E402
 from tiny.world import make_world  # noqa: E402
 
 
@@ -45,29 +44,29 @@ def random_model(shape: str) -> model.VLM:
     return vlm.eval()
 
 
-def questions(world: Path, kind: str, number: int) -> list[evaluation.Question]:
+def questions(world: Path, kind: str, number: int) -> list[answers.Question]:
     pairs = benchmarks.read_pairs("sugarcrepe", world / "test", world / "images")
-    pairs = evaluation.spread_out(pairs, number // 2)
+    pairs = answers.spread_out(pairs, number // 2)
     if kind == "captions":
         units = [item for pair in pairs for item in benchmarks.choices(pair)]
-        return list(evaluation.questions_of(units, "choice").values())
+        return list(answers.questions_of(units, "choice").values())
     return [
-        evaluation.Question({"prompt": f"True? {caption}"}, pair.image, benchmarks.YES_NO)
+        answers.Question({"prompt": f"True? {caption}"}, pair.image, benchmarks.YES_NO)
         for pair in pairs
         for caption in pair.captions
     ]
 
 
-def one_at_a_time(vlm: model.VLM, questions: list[evaluation.Question], most: int = 32) -> list[str]:
+def one_at_a_time(vlm: model.VLM, questions: list[answers.Question], most: int = 32) -> list[str]:
     return [vlm.answer(question.picture, question.line["prompt"], most) for question in questions]
 
 
 @torch.no_grad()
-def plain_choice(vlm: model.VLM, questions: list[evaluation.Question]) -> list[str]:
+def plain_choice(vlm: model.VLM, questions: list[answers.Question]) -> list[str]:
     replies = []
     for question in questions:
-        options = evaluation.option_tokens(vlm, question.options)
-        sample = evaluation.prompt(vlm, question.picture, question.line["prompt"])
+        options = scorers.option_tokens(vlm, question.options)
+        sample = scorers.prompt(vlm, question.picture, question.line["prompt"])
         ids = torch.tensor([[*sample["input_ids"], *options.lead]])
         hidden, _ = vlm.hidden(ids, sample["pixel_values"][None])
         logits = vlm.lm.head(hidden[0, -1])
@@ -76,8 +75,8 @@ def plain_choice(vlm: model.VLM, questions: list[evaluation.Question]) -> list[s
 
 
 def batched(vlm, questions, scorer: str, size: int) -> list[str]:
-    chunks = evaluation.by_picture([question.picture for question in questions], size)
-    texts = {id(q): part["text"] for q, part in evaluation.answer(vlm, questions, scorer, 32, chunks, 0)}
+    chunks = scorers.by_picture([question.picture for question in questions], size)
+    texts = {id(q): part["text"] for q, part in answers.answer(vlm, questions, scorer, 32, chunks, 0)}
     return [texts[id(question)] for question in questions]
 
 

@@ -18,14 +18,13 @@ from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
-import eval as evaluation
 import model
 import train
 from checkpoint import BadInput
-from evals import analyses, story
+from evals import analyses, scorers, story
 from evals.analyses import Question
 from qwen import Guide, Look, Qwen, QwenConfig, guided, rope_angles, rotate
-from tiny.world import COMPOSITION, make_world
+from tiny.world import COMPOSITION, make_world, tiny_items
 
 
 @pytest.fixture(scope="module")
@@ -291,25 +290,42 @@ def test_intervention_equals_the_written_out_forward(teacher, student, questions
     for i, question in enumerate(pairs):
         theirs, columns = maps_of(teacher, question)
         goals = {2: (theirs[2] + theirs[3]) / 2, 3: (theirs[3] + theirs[4]) / 2}
-        goals = {layer: torch.tensor(goal[:, columns]).float() for layer, goal in goals.items()}
-        for key, share in {"as it is": 0.0, "mean": 0.5, "full": 1.0}.items():
+        elsewhere = pairs[(1, 0, 0, 1)[i]].picture  # the pictures are A, B, B, A
+        strange, _ = maps_of(teacher, question._replace(picture=elsewhere))
+        own, _ = maps_of(student, question)
+        stranger = {2: (strange[2] + strange[3]) / 2, 3: (strange[3] + strange[4]) / 2}
+        by_hand = {"as it is": ({}, 0.0), "mean": (goals, 0.5), "full": (goals, 1.0)}
+        by_hand |= {"own mean": ({2: own[2], 3: own[3]}, 0.5), "other picture": (stranger, 0.5)}
+        for way, (goals, share) in by_hand.items():
+            goals = {layer: torch.tensor(goal[:, columns]).float() for layer, goal in goals.items()}
             p = slow_logits(student, question, goals, share).softmax(0)
             expected = (p[yes].sum() / p[no].sum()).log().item()
-            assert found["student"][key][i] == pytest.approx(expected, abs=2e-4), (key, i)
+            assert found["student"][way][i] == pytest.approx(expected, abs=2e-4), (way, i)
+        assert found["student"].keys() == by_hand.keys()
         p = teacher(*prompt_of(teacher, question)[:2]).logits[0, -1].softmax(0)
         expected = (p[yes].sum() / p[no].sum()).log().item()
         assert found["teacher"]["as it is"][i] == pytest.approx(expected, abs=2e-4)
-    changes = [np.abs(found["student"][key] - found["student"]["as it is"]).max() for key in ("mean", "full")]
-    assert min(changes) > 0.01
+    ways = np.array(list(found["student"].values()))  # (5,n)
+    apart = np.abs(ways[:, None] - ways[None])[~np.eye(5, dtype=bool)]
+    assert apart.max(1).min() > 0.01, "each does something of its own"
+
+
+def test_every_question_gets_another_picture():
+    asked = [Question(picture, str(i), "yes", "") for i, picture in enumerate("aabbacc")]
+    others = analyses.with_other_pictures(asked)
+    assert [question.picture for question in others] == list("bbccbaa")
+    assert [question.text for question in others] == list("0123456")
+    with pytest.raises(BadInput, match="two pictures"):
+        analyses.with_other_pictures(asked[:2])
 
 
 def test_scores_as_it_is_are_those_of_the_paired_scorer(teacher, student, world):
-    pairs = [pair for rows in evaluation.tiny_items(world, limit=5)[1].values() for pair in rows]
+    pairs = [pair for rows in tiny_items(world, limit=5)[1].values() for pair in rows]
     asked = analyses.world_questions(world, limit=5)["compositional"]
     found = analyses.intervene(teacher, {"student": student}, asked)
     for name, vlm in (("teacher", teacher), ("student", student)):
         hits = analyses.pair_hits(found[name]["as it is"])
-        assert (hits / 100).tolist() == evaluation.paired_yes(vlm, pairs)
+        assert (hits / 100).tolist() == scorers.paired_yes(vlm, pairs)
 
 
 # ---------------------------------------------------------------- memory
@@ -508,6 +524,7 @@ def made_up_study(sft, forced, aligned, rng):
     scores = {"SFT": (sft, forced), "KD": (sft, forced), "CompoDistill": (aligned, aligned - 10)}
     intervened = {"teacher": {"as it is": odds(98)}} | {
         name: {"as it is": odds(plain), "mean": odds(mixed), "full": odds(mixed - 20)}
+        | {"own mean": odds(plain), "other picture": odds(mixed - 8)}
         for name, (plain, mixed) in scores.items()
     }
     rows = dict(zip(("groups", "correlation"), analyses.group_rows(observed, questions)))
@@ -540,7 +557,8 @@ def test_the_story_says_what_the_numbers_say(monkeypatch):
 def call(*argv):
     parser = argparse.ArgumentParser()
     analyses.add_arguments(parser.add_subparsers(dest="command", required=True))
-    analyses.run(parser.parse_args([str(word) for word in argv]))
+    args = parser.parse_args([str(word) for word in argv])
+    (story.story if args.command == "story" else analyses.run)(args)
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,8 @@ import eval as evaluation
 import model
 import train
 from checkpoint import BadInput
-from evals import benchmarks
-from tiny.world import COMPOSITION, RECOGNITION, make_world
+from evals import answers, benchmarks, pictures, scorers
+from tiny.world import COMPOSITION, RECOGNITION, make_world, tiny_items
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,12 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pairs(world):
-    return [pair for rows in evaluation.tiny_items(world, limit=3)[1].values() for pair in rows]
+    return [pair for rows in tiny_items(world, limit=3)[1].values() for pair in rows]
 
 
 def alone(vlm, picture, question):
     """Logits after one prompt, by the plain forward pass."""
-    sample = evaluation.prompt(vlm, picture, question)
+    sample = scorers.prompt(vlm, picture, question)
     return vlm(torch.tensor([sample["input_ids"]]), sample["pixel_values"][None]).logits[0, -1]
 
 
@@ -52,15 +52,15 @@ def test_paired_yes(teacher, pairs):
         p = [alone(teacher, picture, f"True? {caption}").softmax(0) for caption in captions]
         yes = [q[token(teacher, " yes")] / (q[token(teacher, " yes")] + q[token(teacher, " no")]) for q in p]
         expected.append(float(yes[0] > yes[1]))
-    assert evaluation.paired_yes(teacher, pairs) == expected
+    assert scorers.paired_yes(teacher, pairs) == expected
     swapped = [(picture, wrong, true) for picture, true, wrong in pairs]
-    assert evaluation.paired_yes(teacher, swapped) == [1 - hit for hit in expected]
+    assert scorers.paired_yes(teacher, swapped) == [1 - hit for hit in expected]
 
 
 def test_a_tie_is_wrong(teacher, pairs):
     same = [(picture, true, true) for picture, true, _ in pairs]
-    assert sum(evaluation.paired_yes(teacher, same)) == 0
-    assert sum(evaluation.caption_likelihood(teacher, same)) == 0
+    assert sum(scorers.paired_yes(teacher, same)) == 0
+    assert sum(scorers.caption_likelihood(teacher, same)) == 0
 
 
 CHOICE = (
@@ -72,7 +72,7 @@ CHOICE = (
 @torch.no_grad()
 def log_p(vlm, picture, question, tokens):
     """Of each token that follows the prompt, by the plain forward pass of one whole text."""
-    sample = evaluation.prompt(vlm, picture, question)
+    sample = scorers.prompt(vlm, picture, question)
     logits = vlm(torch.tensor([sample["input_ids"] + tokens]), sample["pixel_values"][None]).logits[0]
     rows = logits[len(sample["input_ids"]) - 1 :].log_softmax(-1)
     return [rows[i, token].item() for i, token in enumerate(tokens)]
@@ -96,7 +96,7 @@ def test_choice_in_both_orders(teacher, pairs):
             for order in ((true, wrong), (wrong, true))
         )
         expected.append((float(first > 0) + float(second < 0)) / 2)
-    assert evaluation.choice_ab(teacher, pairs) == expected
+    assert scorers.choice_ab(teacher, pairs) == expected
     assert len(set(expected)) > 1, "not all alike, or the test sees nothing"
 
 
@@ -107,7 +107,7 @@ def test_caption_likelihood(teacher, pairs, mean):
     for picture, *captions in pairs:
         scores = []
         for caption in captions:
-            sample = evaluation.prompt(teacher, picture, "Describe the picture.")
+            sample = scorers.prompt(teacher, picture, "Describe the picture.")
             answer = teacher.tokenizer.encode(" " + caption, add_special_tokens=False).ids
             answer.append(teacher.tokenizer.token_to_id(data.END_OF_TEXT))
             ids = torch.tensor([sample["input_ids"] + answer])
@@ -116,16 +116,16 @@ def test_caption_likelihood(teacher, pairs, mean):
             total = sum(log_p[start + i, token_id].item() for i, token_id in enumerate(answer))
             scores.append(total / len(answer) if mean else total)
         expected.append(float(scores[0] > scores[1]))
-    assert evaluation.caption_likelihood(teacher, pairs, mean) == expected
+    assert scorers.caption_likelihood(teacher, pairs, mean) == expected
 
 
 def test_exact_answers_are_what_the_model_says(teacher, world):
-    recognition, _ = evaluation.tiny_items(world, limit=5)
+    recognition, _ = tiny_items(world, limit=5)
     items = [item for rows in recognition.values() for item in rows]
     expected = [float(teacher.answer(picture, question, 4) == answer) for picture, question, answer in items]
-    assert evaluation.exact_answers(teacher, items) == expected
+    assert scorers.exact_answers(teacher, items) == expected
     wrong = [(picture, question, answer + "x") for picture, question, answer in items]
-    assert sum(evaluation.exact_answers(teacher, wrong)) == 0
+    assert sum(scorers.exact_answers(teacher, wrong)) == 0
 
 
 def test_averages_are_unweighted_means_over_the_kinds(teacher, world):
@@ -144,9 +144,9 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
     )
     cosines = []
     with torch.no_grad():
-        for rows in evaluation.tiny_items(world, limit=2)[1].values():
+        for rows in tiny_items(world, limit=2)[1].values():
             for picture, true, _ in rows:
-                sample = evaluation.prompt(teacher, picture, f"True? {true}")
+                sample = scorers.prompt(teacher, picture, f"True? {true}")
                 ids, pixels = torch.tensor([sample["input_ids"]]), sample["pixel_values"][None]
                 s, t = (vlm(ids, pixels, attention_layers=(2, 3, 4)).attentions for vlm in (student, teacher))
                 columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
@@ -162,12 +162,12 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
 @torch.no_grad()
 def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
     picture = world / "images/test-0.png"
-    sample = evaluation.prompt(teacher, picture, "What colour is the circle?")
+    sample = scorers.prompt(teacher, picture, "What colour is the circle?")
     ids = torch.tensor([sample["input_ids"]])
     maps = teacher(ids, sample["pixel_values"][None], attention_layers=(2, 3, 4)).attentions
     columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
     rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in (2, 3, 4)]
-    shown = evaluation.question_attention(teacher, picture, "What colour is the circle?")
+    shown = pictures.question_attention(teacher, picture, "What colour is the circle?")
     assert shown.shape == (4, 4)
     assert np.allclose(shown.ravel(), torch.stack(rows).mean((0, 1)).numpy(), atol=1e-6)
 
@@ -229,7 +229,7 @@ def lines(file):
 def asked(world, tmp_path_factory):
     """A yes/no benchmark (R-Bench's form) whose questions the tiny teacher was trained to answer."""
     records = []
-    for rows in evaluation.tiny_items(world, limit=4)[1].values():
+    for rows in tiny_items(world, limit=4)[1].values():
         for picture, *captions in rows:
             for caption, label in zip(captions, ("Yes", "No")):
                 record = {"question_id": len(records), "qtype": "Positive", "image": picture.name}
@@ -274,7 +274,7 @@ def test_an_option_that_is_written_is_the_option_that_is_chosen(world, asked, te
 def test_free_answers_are_generated(world, teacher, tmp_path):
     """GQA's form, with the tiny world's own questions and the suffix of GQA: replies of several lengths."""
     records = {}
-    for kind, rows in evaluation.tiny_items(world, limit=6)[0].items():
+    for kind, rows in tiny_items(world, limit=6)[0].items():
         for i, (picture, question, answer) in enumerate(rows):
             record = {"imageId": picture.stem, "question": question, "answer": answer, "isBalanced": True}
             Image.open(picture).save(tmp_path / f"{picture.stem}.jpg", quality=100)
@@ -332,39 +332,39 @@ def test_options_in_a_real_tokenizer(teacher):
     vlm.tokenizer = copy.deepcopy(teacher.tokenizer)
     vlm.tokenizer.add_tokens([" Yes", " No", " A", " B", " a", " b"])
     ids = {word: vlm.tokenizer.token_to_id(word) for word in (" Yes", " No", " A", " B")}
-    letters, answers = (evaluation.option_tokens(vlm, some) for some in (("A", "B"), ("Yes", "no")))
+    letters, answers = (scorers.option_tokens(vlm, some) for some in (("A", "B"), ("Yes", "no")))
     assert letters == (("A", "B"), (), [[ids[" A"]], [ids[" B"]]])
     assert answers.lead == () and [set(some) for some in answers.tokens] == [
         {ids[" Yes"], token(teacher, " yes")},
         {ids[" No"], token(teacher, " no")},
     ]
     with pytest.raises(BadInput, match="begin alike"):
-        evaluation.option_tokens(teacher, ("A", "A B"))
+        scorers.option_tokens(teacher, ("A", "A B"))
 
 
 def test_an_option_that_the_model_would_not_have_said(teacher, pairs):
-    """"unasked" is False where greedy writing begins otherwise, and where it only ends as an option does."""
+    """`unasked` is False where greedy writing begins otherwise, and where it only ends as an option does."""
     picture, true, _ = pairs[0]
-    sample = evaluation.prompt(teacher, picture, f"True? {true}")
+    sample = scorers.prompt(teacher, picture, f"True? {true}")
     ids = torch.tensor([sample["input_ids"] + [token(teacher, " the")]])
     follows = teacher(ids, sample["pixel_values"][None]).logits[0, -1].argmax().item()
     asked = [
-        evaluation.Question({"prompt": "What colour is the circle?"}, picture, ("yes", "no")),
-        evaluation.Question({"prompt": f"True? {true}"}, picture, ("yes", "no")),
-        evaluation.Question(
+        answers.Question({"prompt": "What colour is the circle?"}, picture, ("yes", "no")),
+        answers.Question({"prompt": f"True? {true}"}, picture, ("yes", "no")),
+        answers.Question(
             {"prompt": f"True? {true}"}, picture, ("the" + teacher.tokenizer.decode([follows]), "the the")
         ),
     ]
-    answers = [part for _, part in evaluation.answer(teacher, asked, "choice", 1, [[0, 1, 2]], 0)]
-    assert [part["unasked"] for part in answers] == [False, True, False]
-    assert answers[2]["text"] == asked[2].options[0]
+    said = [part for _, part in answers.answer(teacher, asked, "choice", 1, [[0, 1, 2]], 0)]
+    assert [part["unasked"] for part in said] == [False, True, False]
+    assert said[2]["text"] == asked[2].options[0]
 
 
 def test_pictures_stay_together_in_batches():
     a, b, c = Path("a"), Path("b"), Path("c")
-    assert evaluation.by_picture([a, b, a, c, b, a], 2) == [[0, 2], [5, 1], [4, 3]]
-    assert evaluation.common([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == 2
-    assert evaluation.common([[1, 2], [1, 2]]) == 2 and evaluation.common([[1], [2]]) == 0
+    assert scorers.by_picture([a, b, a, c, b, a], 2) == [[0, 2], [5, 1], [4, 3]]
+    assert scorers.common([[1, 2, 3], [1, 2, 4, 5], [1, 2]]) == 2
+    assert scorers.common([[1, 2], [1, 2]]) == 2 and scorers.common([[1], [2]]) == 0
 
 
 def same(one, other):

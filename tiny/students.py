@@ -15,7 +15,8 @@ import eval as evaluation
 import model
 import train
 from checkpoint import BadInput, sentence
-from tiny.world import make_world
+from evals.pictures import attention_picture
+from tiny.world import make_world, tiny_cases
 from training import recipes
 
 # Four students: the same stages, steps, batches and data order; only these flags differ.
@@ -67,8 +68,8 @@ def train_students(args: argparse.Namespace) -> None:
     (args.out / "results.md").write_text(text + "\n")
     (args.out / "results.json").write_text(json.dumps(rows, indent=1))
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    evaluation.attention_picture(
-        models, evaluation.tiny_cases(args.out / "world"), args.out / "attention.png"
+    attention_picture(
+        models, tiny_cases(args.out / "world"), args.out / "attention.png"
     )
     minutes = (time.time() - started) / 60
     print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from checkpoint import BadInput, whole_folder
-from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces
+from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces, read_records
 
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
 SHAPES = ("circle", "square", "triangle")
@@ -279,3 +279,24 @@ def text_sample(rng: random.Random, tokenizer: Tokenizer) -> dict:
     """Such a conversation for the pre-training of a language model: every token is supervised."""
     ids, _ = encode(text_conversation(rng), tokenizer, 0)
     return {"input_ids": ids, "labels": ids}
+
+
+def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
+    """-> two dicts by kind: of [(picture, question, answer)] and of [(picture, true caption, negative)]."""
+    recognition = {kind: [] for kind in RECOGNITION}
+    for item in read_records(world / "test" / "recognition.json"):
+        recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
+    composition = {}
+    for kind in COMPOSITION:
+        items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
+        composition[kind] = [
+            (world / "images" / i["filename"], i["caption"], i["negative_caption"]) for i in items
+        ]
+    return tuple({kind: rows[:limit] for kind, rows in items.items()} for items in (recognition, composition))
+
+
+def tiny_cases(world: Path) -> list[tuple[Path, str]]:
+    """The questions of the main job's picture: true captions of three kinds, of different pictures."""
+    _, composition = tiny_items(world)
+    items = [composition["swap_att"][0], composition["replace_obj"][5], composition["swap_obj"][10]]
+    return [(picture, caption_question(true)) for picture, true, _ in items]

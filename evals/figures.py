@@ -1,0 +1,125 @@
+"""The figures of the analyses: curves with intervals, for readers who may be colour-blind.
+
+matplotlib is the optional extra "plots"; without it every number is written all the same.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotlib, then another --out'
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; each model has a marker of its own besides.
+STYLES = {
+    "teacher": ("#000000", "o"),
+    "SFT": ("#E69F00", "s"),
+    "KD": ("#56B4E9", "^"),
+    "CompoDistill": ("#009E73", "D"),
+    "CompoDistill-rows": ("#D55E00", "v"),
+}
+OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"), ("#F0E442", "*"))
+
+
+def styles(names: list[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each model."""
+    new = [name for name in names if name not in STYLES]
+    return STYLES | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(new)}
+
+
+def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, rows: list[dict]) -> bool:
+    """A figure of `rows`, written as PNG. False where there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # the optional extra "plots"; no window, no global state
+    except ImportError:
+        return False
+    figure = Figure(size, layout="constrained")
+    panels(figure, rows)
+    figure.suptitle(title)
+    handles = {}  # one legend for all panels, outside them
+    for axes in figure.axes:
+        handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
+        axes.grid(alpha=0.3)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+    figure.savefig(file, dpi=130)
+    return True
+
+
+def curves(axes, rows: list[dict], x: Callable, y: str) -> None:
+    """One line with intervals for each model."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    for name in names:
+        own, (colour, marker) = [row for row in rows if row["model"] == name], styles(names)[name]
+        reach = [[row[y] - row["low"] for row in own], [row["high"] - row[y] for row in own]]
+        axes.errorbar(
+            [x(row) for row in own], [row[y] for row in own], reach, color=colour, marker=marker, ms=5,
+            lw=1.4, capsize=2, label=name,
+        )  # fmt: skip
+
+
+def layer_panels(figure, rows: list[dict], y: str, title: str) -> None:
+    """Panels of items x tokens over the depth of the layer; the understanding layers are shaded."""
+    kinds = list(dict.fromkeys(row["items"] for row in rows))
+    grid = figure.subplots(2, len(kinds), sharex=True, sharey="row", squeeze=False)
+    for line, tokens in zip(grid, ("image", "text")):
+        for axes, items in zip(line, kinds):
+            own = [row for row in rows if (row["items"], row["tokens"]) == (items, tokens)]
+            axes.axvspan(0.3, 0.7, color="#999999", alpha=0.18, lw=0, label="understanding layers")
+            curves(axes, own, lambda row: row["layer"] / row["layers"], y)
+            axes.set_title(f"{items} items, {tokens} tokens", fontsize=10)
+        line[0].set_ylabel(title)
+    for axes in grid[1]:
+        axes.set_xlabel("depth: layer / number of layers (0 is the first)")
+
+
+def attention_panels(figure, rows: list[dict]) -> None:
+    layer_panels(figure, rows, "attention", "share of attention")
+
+
+def similarity_panels(figure, rows: list[dict]) -> None:
+    layer_panels(figure, rows, "cosine", "cosine to the teacher")
+
+
+def group_panels(figure, rows: list[dict]) -> None:
+    kinds = list(dict.fromkeys(row["items"] for row in rows))
+    for axes, items in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        own = [row for row in rows if row["items"] == items]
+        curves(axes, own, lambda row: row["similarity"], "probability")
+        axes.set_title(f"{items} items", fontsize=10)
+        axes.set_xlabel("cosine to the teacher (image tokens, understanding layers)")
+        axes.set_ylabel("mean P(right answer)")
+        if items == "compositional":
+            axes.axhline(0.5, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
+
+
+def intervention_panels(figure, rows: list[dict]) -> None:
+    students = [name for name in dict.fromkeys(row["model"] for row in rows) if name != "teacher"]
+    ways = {
+        "as it is": ("as it is", "#000000", "o"),
+        "mean": ("mean with the teacher's", "#0072B2", "s"),
+        "full": ("the teacher's instead", "#D55E00", "^"),
+        "own mean": ("control: mean with its own head mean", "#009E73", "D"),
+        "other picture": ("control: mean with the teacher's of another picture", "#CC79A7", "v"),
+    }
+    families = list(dict.fromkeys(row["kind"] for row in rows))
+    panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, students):
+        axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance")
+        for shift, (way, (label, colour, marker)) in zip(np.linspace(-0.3, 0.3, len(ways)), ways.items()):
+            own = [row for row in rows if row["model"] == name and row["attention"] == way]
+            y, low, high = (np.array([row[key] for row in own]) for key in ("score", "low", "high"))
+            axes.errorbar(
+                np.arange(len(families)) + shift, y, [y - low, high - y], color=colour, marker=marker, ms=6,
+                ls="", capsize=2, label=label,
+            )  # fmt: skip
+        axes.set_xticks(range(len(families)), families)
+        axes.set_title(name, fontsize=10)
+    panels[0].set_ylabel("% of caption pairs right")
+
+
+FIGURES = {  # name -> panels, inches, title
+    "attention": (attention_panels, (9, 7), "Where the answering position looks"),
+    "similarity": (similarity_panels, (9, 7), "Attention of student and teacher: cosine over text rows"),
+    "groups": (group_panels, (10, 4.5), "Items grouped by similarity to the teacher, and their answers"),
+    "intervention": (intervention_panels, (11, 4.5), "Visual attention replaced in the understanding layers"),
+}

@@ -1,0 +1,79 @@
+"""Pictures of where models look: the picture, bright where the attention is.
+
+Shapes: R text rows, P visual tokens.
+"""
+
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+import data
+import distill
+import model
+from checkpoint import BadInput
+from evals.scorers import batches, prompt
+from qwen import Look
+
+
+@torch.no_grad()
+def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
+    """Where the text after the picture looks: mean over heads, understanding layers and text queries.
+
+    -> (side, side), the attention that falls on each patch.
+    """
+    (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
+    text = distill.query_rows("text", batch["visual_columns"], batch["has_image"], batch["attention_mask"])
+    layers = distill.understanding_layers(len(vlm.lm.model.layers))
+    look = Look([layers], distill.span(text), batch["visual_columns"])
+    _, (attention,) = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # (1,R,P)
+    return on_patches(vlm, attention.mean((0, 1)))
+
+
+def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:
+    """(P,) -> (side, side) as the patches lie in the picture; one that the model drops gets 0."""
+    side = vlm.config.vision.image_size // vlm.config.vision.patch_size
+    attention = F.pad(attention.float().cpu(), (int(vlm.config.drop_first_patch), 0))
+    return attention.view(side, side).numpy()
+
+
+SIDE, GAP, HEAD = 240, 14, 44  # pixels: a picture's side, the space between two, the text above
+
+
+def enlarge(picture: Image.Image) -> Image.Image:
+    """To SIDE x SIDE; small pictures keep their pixels visible."""
+    resample = Image.Resampling.NEAREST if picture.width < 100 else Image.Resampling.BICUBIC
+    return picture.resize((SIDE, SIDE), resample)
+
+
+def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
+    """The picture, bright where the attention (side, side) is high and dark where it is low."""
+    weight = enlarge(Image.fromarray((255 * attention / attention.max()).astype(np.uint8)))
+    bright = enlarge(picture)
+    dark = Image.blend(bright, Image.new("RGB", bright.size, (25, 25, 45)), 0.75)
+    return Image.composite(bright, dark, weight)
+
+
+def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
+    """One row per (picture, question): the picture, then where each model looks, above it its answer."""
+    width, height = (SIDE + GAP) * (len(models) + 1) + GAP, (HEAD + SIDE + GAP) * len(cases) + GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, (path, question) in enumerate(cases):
+        picture, y = data.open_picture(path), GAP + row * (HEAD + SIDE + GAP)
+        columns = [("\n".join(textwrap.wrap(question, 42)), enlarge(picture))]
+        for name, vlm in models.items():
+            answer = vlm.answer(picture, question, max_new_tokens=16)
+            columns.append((f"{name}\n{answer}", heat(picture, question_attention(vlm, picture, question))))
+        for column, (text, image) in enumerate(columns):
+            x = GAP + column * (SIDE + GAP)
+            pen.multiline_text((x, y), text, fill="black", font_size=13)
+            sheet.paste(image, (x, y + HEAD))
+    try:
+        sheet.save(file)
+    except OSError as error:
+        raise BadInput(f"{file} could not be written ({error.strerror or error})") from None
