@@ -98,8 +98,8 @@ def intervention_panels(figure, rows: list[dict]) -> None:
         "as it is": ("as it is", "#000000", "o"),
         "mean": ("mean with the teacher's", "#0072B2", "s"),
         "full": ("the teacher's instead", "#D55E00", "^"),
-        "own mean": ("control: mean with its own head mean", "#009E73", "D"),
-        "other picture": ("control: mean with the teacher's of another picture", "#CC79A7", "v"),
+        "own mean": ("control: own head mean", "#009E73", "D"),
+        "other picture": ("control: other picture", "#CC79A7", "v"),
     }
     families = list(dict.fromkeys(row["kind"] for row in rows))
     panels = figure.subplots(1, len(students), sharey=True, squeeze=False)[0]
