@@ -1,6 +1,6 @@
 """Talk to a model about a picture, in a terminal.
 
-    python eval.py chat --model tiny/teacher --image out/world/images/test-0.png
+    python eval.py chat --model tiny/compodistill --image out/world/images/test-0.png
     python eval.py chat --model tiny/teacher --image FILE --question "What colour is the circle?"
 
 A conversation keeps its ids and, in a cache, the keys and values of what the model has read: every token, and

@@ -303,9 +303,10 @@ def test_cached_turns_are_those_of_a_fresh_start(template, blind, limit, noise):
     assert len({tuple(got[start:]) for got, start, _ in turns}) == 3 or limit == 1
 
 
-def test_the_shipped_teacher_answers_as_if_asked_at_once(world):
+@pytest.mark.parametrize("name", ["teacher", "compodistill"])
+def test_what_ships_answers_as_if_asked_at_once(world, name):
     """Turn after turn the same as the whole conversation, encoded as in training, and answered in one go."""
-    vlm, picture = model.load(TEACHER), world / "images/test-0.png"
+    vlm, picture = model.load(ROOT / "tiny" / name), world / "images/test-0.png"
     talk, conversation, answers = Conversation(vlm, picture), [], []
     questions = "What colour is the circle?", "Where is the circle?", "Is there a red square?"
     for i, question in enumerate(questions):

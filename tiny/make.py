@@ -4,6 +4,7 @@
     vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
     teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
     teacher              stages 0a and 0b of train.py on vision and teacher-lm
+    compodistill         a student: what `python train.py` then leaves in out/CompoDistill/stage3
 
 The README has its time and the teacher's scores.
 """
