@@ -25,9 +25,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoint import BadInput
+from distill import IGNORE  # the label of a token that is not supervised
 
 IMAGE_TOKEN = -200  # placeholder id, one per visual token; the model writes the visual tokens there
-IGNORE = -100  # label of what is not supervised
 IMAGE_MARK = "<image>"  # where a LLaVA record says that its picture stands
 END_OF_TEXT = "<|endoftext|>"
 SYSTEM = (
@@ -59,7 +59,6 @@ def encode(
     tokenizer: Tokenizer,
     num_image_tokens: int,
     template: str = "chat",
-    max_length: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """A LLaVA conversation -> ids, labels (equally long lists; labels are -100 where nothing is supervised).
 
@@ -68,11 +67,9 @@ def encode(
 
     Supervised are " {answer}" and <|endoftext|>, with pretrain all after the picture. [picture] is
     num_image_tokens placeholders at the front of the turn in which <image> stood; marks in answers are plain
-    text. What is longer than max_length is cut as `cut` does it. BadInput: turns that are no such
-    conversation.
+    text. BadInput: turns that are no such conversation.
     """
-    ids, labels = _encode_pieces(pieces(conversations, template), tokenizer, num_image_tokens)
-    return (ids, labels) if max_length is None else cut(ids, labels, num_image_tokens, max_length)
+    return _encode_pieces(pieces(conversations, template), tokenizer, num_image_tokens)
 
 
 def cut(
@@ -158,7 +155,8 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
             return to_rgb(image)
     except Exception as error:  # what decoders raise of damaged files has a dozen types
         name = getattr(picture, "filename", None) or picture
-        raise BadInput(f"{name} cannot be read as a picture ({error}); replace it or leave it out") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{name} cannot be read as a picture ({reason}); replace it") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -427,9 +425,9 @@ class LlavaDataset(torch.utils.data.Dataset):
             try:
                 return {"id": name, **self.sample(record), "replaced": replaced}
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
-                reason = f"{self.records.file_of(place)}, record {name!r}: {error}; mend or remove it"
+                reason = f"{self.records.file_of(place)}, record {name!r}: {error}"
                 if not self.skip_bad:
-                    raise BadInput(reason) from None
+                    raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
                 replaced.append(reason)
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 

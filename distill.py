@@ -72,7 +72,8 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
     if which == "released":
         if num_layers not in RELEASED_LAYERS:
             raise ValueError(
-                f"the released code has no list for {num_layers} layers, only for {list(RELEASED_LAYERS)}"
+                f"the released code has no list for {num_layers} layers, only for {list(RELEASED_LAYERS)}; "
+                "give --layers intermediate"
             )
         return list(RELEASED_LAYERS[num_layers][teacher])
     shares = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}

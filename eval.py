@@ -6,12 +6,12 @@
     python eval.py analyse | story | chat        # analyses.py, story.py, chat.py
 
 How a reply or a caption is scored stands in scorers.py, what is right in benchmarks.py and metrics.py.
-Shapes: R text rows, P visual tokens, k matched layers.
 """
 
 import argparse
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import distill
 import model
 from checkpoint import sentence
 from evals import analyses, answers, chat, story
+from evals.benchmarks import markdown
 from evals.pictures import attention_picture
 from evals.scorers import SCORERS, batches, exact_answers, load, prompt
 from qwen import Look
@@ -78,12 +79,12 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     teacher.
     """
     columns = ["recognition", "compositional", *COMPOSITION, "similarity"]
-    lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = []
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns[:-1]]
         cells.append(f"{scores['similarity']:.2f}" if "similarity" in scores else "")
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["", *columns], lines)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
             print(table({str(args.model): scores}))
         elif args.command == "bench":
             if "RANK" in os.environ:  # started by torchrun
-                dist.init_process_group("gloo")  # only for barriers
+                dist.init_process_group("gloo", timeout=timedelta(days=7))  # ranks wait at barriers
             answers.bench(args)
         elif args.command == "chat":
             chat.run(args)

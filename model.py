@@ -123,7 +123,7 @@ class VLM(nn.Module):
 
     def require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise BadInput("a checkpoint has no tokenizer.json; copy its language model's beside config.json")
+            raise BadInput("there is no tokenizer.json; copy that of its language model beside config.json")
         return self.tokenizer
 
     @property
@@ -221,7 +221,7 @@ class VLM(nn.Module):
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
             hidden, _ = self.lm.hidden(attention_mask=mask, inputs_embeds=embeds, cache=cache)
-            logits = self.lm.head(hidden[rows, last]).float()  # (B,V), read at one position a row
+            logits = finite(self.lm.head(hidden[rows, last]).float())  # (B,V), read at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
                 token = torch.where(done, stops[0], token)
@@ -262,6 +262,13 @@ class VLM(nn.Module):
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
         write_folder(folder, *files)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """The logits; BadInput where one is NaN or infinite, whose argmax would look like an answer."""
+    if not logits.isfinite().all():
+        raise BadInput("the model gives numbers that are not finite; train or fetch its checkpoint again")
+    return logits
 
 
 def _sample(logits: Tensor) -> Tensor:

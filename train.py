@@ -159,12 +159,11 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
     """-> the student that this stage starts from, and its frozen teacher (None: nothing is distilled)."""
     start = find(args.student or previous_output(stage, args))
     frozen = DTYPES[args.precision]
-    distilled = args.kl_weight > 0 or args.vat_loss != "none"
     teacher = None
-    if stage in ("1", "2") and (args.taf or distilled):
+    if recipes.has_teacher(stage, args):
         teacher = model.load(args.teacher, dtype=frozen, device=device).requires_grad_(False)
     if args.vision and (teacher is not None or stage not in ("0a", "1")):
-        raise BadInput("--vision is for a model that gets its eyes here, stages 0 and 1 without a teacher")
+        raise BadInput("--vision is only for stages 0a and 1 without a teacher")
     if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
         vision = teacher.vision if teacher else Siglip.load(args.vision or TINY / "vision", device=device)
         lm, tokenizer = Qwen.load(start, device=device), data.load_tokenizer(start)
@@ -173,7 +172,10 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
         student = model.load(start, device=device)
     student.require_tokenizer()
     if teacher is not None:
-        check_pair(student, teacher, args.taf)
+        try:
+            check_pair(student, teacher, args.taf)
+        except BadInput as error:
+            raise BadInput(f"student {start}, teacher {args.teacher}: {error}") from None
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
         if args.taf:
             student.adapter.teacher = teacher.adapter
@@ -181,7 +183,8 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
     for parameter in student.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(frozen)
-    return student, teacher if distilled else None
+    read = args.kl_weight > 0 or (stage == "2" and args.vat_loss != "none")
+    return student, teacher if read else None
 
 
 def choose_trained(stage: str, student: model.VLM, args: argparse.Namespace) -> None:
@@ -202,7 +205,7 @@ def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
     ours, theirs = student.config, teacher.config
     if (ours.vision_layer, ours.drop_first_patch) != (theirs.vision_layer, theirs.drop_first_patch):
         raise BadInput(
-            "student and teacher read other vision layers or patches; train both from one --vision setting"
+            "they read other layers or patches of their vision encoders; run stage 1 with this --teacher"
         )
     words = student.tokenizer.get_vocab()
     other = teacher.tokenizer.get_vocab() if teacher.tokenizer else words
@@ -211,10 +214,11 @@ def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
         or max(words.values()) >= theirs.text.vocab_size
     ):
         raise BadInput(
-            "student and teacher have different tokenizers; distillation needs models of one family"
+            "their tokenizers differ; distillation needs models of one family"
         )
-    if taf and not isinstance(student.adapter, distill.TeacherAdapterFetch):
-        raise BadInput("this student has an adapter of its own; give --no-taf, or run its stage 1 with --taf")
+    if taf != isinstance(student.adapter, distill.TeacherAdapterFetch):
+        has, flag = ("an adapter of its own", "--no-taf") if taf else ("the teacher's adapter", "--taf")
+        raise BadInput(f"the student has {has}; give {flag}")
 
     def close(a: Tensor, b: Tensor) -> bool:  # either may have been kept in bfloat16
         return torch.equal(a.bfloat16(), b.bfloat16())
@@ -226,7 +230,7 @@ def check_pair(student: model.VLM, teacher: model.VLM, taf: bool) -> None:
         same = ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
         if not same:
             raise BadInput(
-                f"the student's {name} is not the teacher's: both must come from the same --teacher"
+                f"the student's {name} is not this teacher's; give the --teacher of its stage 1"
             )
 
 
@@ -237,7 +241,7 @@ def previous_output(stage: str, args: argparse.Namespace) -> str:
     before = {"0b": "0a", "2": "1", "3": "2"}[stage]
     folder = args.out / args.name / f"stage{before}"
     if not folder.is_dir():
-        raise BadInput(f"{folder} is missing: run --stage {before} first, or name a folder with --student")
+        raise BadInput(f"{folder} is missing; run --stage {before} first")
     return str(folder)
 
 
@@ -248,12 +252,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compute_dtype(precision: str, device: torch.device):
-    """The one place that decides the precision of the models' computation.
+    """What --precision means. load_models and spread follow it.
 
-    bf16: products in bfloat16 (autocast). Frozen weights are held in it, too (load_models): they are only
-    read. Trained weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the
-    distance of two neighbours in bfloat16 (2^-8 of the weight) and would be rounded away. Softmax of
-    attention, norms and losses are float32 in any case.
+    bf16: products in bfloat16 (autocast). Frozen weights are held in it, too: they are only read. Trained
+    weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the distance of two
+    neighbours in bfloat16 (2^-8 of the weight) and would be rounded away; a next stage that freezes them
+    rounds them once. The softmax of attention, norms and losses are float32 in any case.
     """
     return torch.autocast(device.type, DTYPES[precision]) if precision == "bf16" else nullcontext()
 
@@ -329,9 +333,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def optimizer_step(
-    module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[dict], totals: Tensor, ranks: int
-) -> tuple[dict[str, float], float]:
-    """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm.
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[dict],
+    totals: Tensor,
+    ranks: int,
+    asked: list,
+) -> tuple[dict[str, float], float] | None:
+    """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm;
+    None, and nothing is changed, where a rank is asked to stop between two micro-batches (`asked`).
 
     Sums are divided once, by `totals` over everything (Step.counts), because a mean of means is another
     gradient where the number of answer tokens varies. DDP and FSDP average gradients over the ranks, hence
@@ -340,6 +350,9 @@ def optimizer_step(
     """
     terms = {}
     for i, batch in enumerate(micro_batches):
+        # a large step can take a minute, and a scheduler waits for half of one
+        if i and all_reduce(torch.tensor(len(asked), device=totals.device)) > 0:
+            return None
         last = i == len(micro_batches) - 1  # gradients travel between the ranks once, with the last one
         if hasattr(module, "set_requires_gradient_sync"):  # FSDP
             module.set_requires_gradient_sync(last)
@@ -375,6 +388,7 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
 
     torch.manual_seed(args.seed)  # the same new weights on every rank
     student, teacher = load_models(stage, args, device)
+    step_module = Step(student, teacher, stage, args)
     dataset = open_data(stage, student, args)
     args.steps = args.steps or max(1, args.epochs * len(dataset) // args.global_batch)
     if resume.open_run(run, out, identity(stage, args, dataset)):
@@ -384,7 +398,6 @@ def train_stage(stage: str, args: argparse.Namespace) -> Path:
     size, total = (sum(p.numel() for p in ps) for ps in (parameters, student.parameters()))
     resume.check_writable(run, needed=12 * size * (args.keep + 1) + 4 * total)
 
-    step_module = Step(student, teacher, stage, args)
     module = spread(step_module, args) if dist.is_initialized() else step_module
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]  # FSDP's, now
     optimizer = torch.optim.AdamW(parameters, args.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
@@ -435,15 +448,17 @@ def run_steps(
         for step in range(state["step"], args.steps):
             # every random number of a step (dropout) follows from seed, step and rank: no generator is saved
             torch.manual_seed((args.seed * 1_000_003 + step) * 8191 + rank)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.lr)
             micro_batches = [data.to_device(next(batches), device) for _ in range(args.accumulation)]
-            totals, samples, tokens, places, bad, stop = tally(
+            totals, samples, tokens, padded_tokens, bad, stop = tally(
                 step_module, micro_batches, bool(asked) or step == args.stop_after
             )
-            if stop:  # all ranks know it in the same step
+            done = None if stop else optimizer_step(module, optimizer, micro_batches, totals, ranks, asked)
+            if done is None:  # all ranks know it at the same place
                 resume.save(run, student, optimizer, state, args.keep)
-                raise Stopped(f"stopped after step {step}, saved in {run}; the same command goes on")
+                same = "the same command" + " without --stop-after" * (step == args.stop_after)
+                raise Stopped(f"stopped after step {step}, saved in {run}; {same} goes on")
+            losses, norm = done
             log.bad_samples(micro_batches, step + 1)
             state = {"step": step + 1, "samples": state["samples"] + samples, "bad": state["bad"] + bad}
             if state["bad"] > args.max_bad_share * max(state["samples"], 1000):
@@ -451,20 +466,19 @@ def run_steps(
                     f"{state['bad']} of {state['samples']} samples are bad, more than --max-bad-share "
                     f"{args.max_bad_share:g} allows; {log.bad_file} lists them"
                 )
-            losses, norm = optimizer_step(module, optimizer, micro_batches, totals, ranks)
             if not math.isfinite(norm + sum(losses.values())):
                 raise BadInput(log.not_finite(step + 1, losses, norm, micro_batches))
-            log.count(samples, tokens, places)
+            log.count(samples, tokens, padded_tokens)
             if (step + 1) % args.log_every == 0 or step in (0, args.steps - 1):
                 values = all_reduce(torch.tensor(list(losses.values()), dtype=torch.float64, device=device))
-                log.row(step + 1, dict(zip(losses, values.tolist())), group["lr"], norm, state["bad"])
+                log.row(step + 1, dict(zip(losses, values.tolist())), lr, norm, state["bad"])
             if (step + 1) % args.save_every == 0 and step + 1 < args.steps:
                 resume.save(run, student, optimizer, state, args.keep)
 
 
 def tally(step_module: Step, batches: list[dict], stop: bool) -> tuple[Tensor, int, int, int, int, int]:
     """One all_reduce for all that a step has to know of all ranks: what the losses are divided by (2,), how
-    many samples, tokens, places (with padding), bad samples, and whether anyone was asked to stop.
+    many samples, tokens, tokens with padding, bad samples, and whether anyone was asked to stop.
     """
     counts = torch.stack([step_module.counts(batch) for batch in batches]).sum(0)
     masks = [batch["attention_mask"] for batch in batches]
@@ -508,9 +522,9 @@ def identity(stage: str, args: argparse.Namespace, dataset: data.LlavaDataset) -
     """What makes a run this run: all that its weights depend on, whatever the files are called."""
     flags = {name: value for name, value in vars(args).items() if name not in recipes.NO_IDENTITY}
     models = {"student": args.student or previous_output(stage, args)}
-    if stage in ("1", "2"):
+    if recipes.has_teacher(stage, args):
         models["teacher"] = args.teacher
-    if stage in ("0a", "1"):
+    elif stage in ("0a", "1"):
         models["vision"] = args.vision or TINY / "vision"
     return {
         "stage": stage,

@@ -1,7 +1,7 @@
 """The paper's five analyses of attention (its section 3). story.py tells what they say of the tiny world.
 
-    python eval.py analyse similarity groups --out FOLDER    # figures (PNG) and their numbers (CSV, JSON)
-    python eval.py story --out FOLDER                        # all five, the scores, one report of what holds
+    python eval.py analyse similarity groups    # figures (PNG) and their numbers (CSV, JSON)
+    python eval.py story                        # all five, the scores, one report of what holds
 
     attention     of the answering position over picture and text, by layer                  paper, Fig. 3a
     similarity    cosine of teacher's and student's attention, by layer                       Fig. 3b-e
@@ -15,7 +15,8 @@ averaged over them. A student's understanding layers are compared with their tea
 any other layer with the teacher's layer at the same relative depth. An item is a recognition question or a
 caption pair, both captions asked. Intervals hold 95 %: bootstrap over pictures, RESAMPLES times.
 
-No map with heads and no map of all rows outlives its layer: a qwen.Look leaves (B,R,T) of a layer.
+No map with heads outlives its layer, nor one of all rows: a qwen.Look leaves (B,R,T) of a layer. Only the
+intervention holds maps (B,T,P) of the understanding layers; give large models a small --batch-size there.
 Shapes: B questions, T tokens, R text rows, P visual tokens, L layers, n questions or items.
 """
 
@@ -290,9 +291,13 @@ def resamples(questions: list[Question]) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
-    """The mean of values (n,) and its 95 % interval (percentiles of the resampled means)."""
-    means = drawn @ values / drawn.sum(1).clip(min=1)
-    return float(values.mean()), *np.percentile(means, [2.5, 97.5]).tolist()
+    """The mean of values (n,) and its 95 % interval: percentiles of the means of those resamples that drew
+    any of them.
+    """
+    values, number = values.astype(float), drawn.sum(1)
+    means = (drawn @ values)[number > 0] / number[number > 0]
+    value, (low, high) = float(values.mean()), np.percentile(means, [2.5, 97.5]).tolist()
+    return value, min(low, value), max(high, value)  # a few items may all lie on one side
 
 
 def ranks(values: np.ndarray) -> np.ndarray:
@@ -582,9 +587,9 @@ def add_arguments(commands) -> None:
     single.add_argument("--image", type=Path, help="of `picture`, with --question (default: test items)")
     single.add_argument("--question", help="of `picture`")
     whole = commands.add_parser("story", help="all analyses and scores, and one report of what holds here")
-    for parser in (single, whole):
+    for parser, out in ((single, "out/analysis"), (whole, "out/story")):
         add = parser.add_argument
-        add("--out", type=Path, required=True, help="new folder for figures and numbers")
+        add("--out", type=Path, default=Path(out), help="new folder for all of it (default: %(default)s)")
         add("--runs", type=Path, default=Path("out"), help="of `python train.py` (default: %(default)s)")
         add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
         add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import model
 from checkpoint import BadInput, find
 from evals import benchmarks
+from evals.readers import identity, load_lines
 from evals.scorers import (
     Ask,
     by_picture,
@@ -39,7 +40,7 @@ SHOWS = 'Does this figure show "{}"? Please answer yes or no.'  # VQAScore's que
 DESCRIBE_IMAGE = "Describe the image concisely."  # LLaVA's, of its caption data
 
 
-class Question(NamedTuple):
+class Asked(NamedTuple):
     """One line of an answers file: what is known of it before the answer."""
 
     line: dict  # question_id, prompt and, of a caption's score, caption
@@ -47,8 +48,8 @@ class Question(NamedTuple):
     options: tuple[str, ...]
 
 
-def questions_of(units: list, scorer: str) -> dict[str, Question]:
-    """Items -> {question_id: Question}; for a pair scorer pairs, whose i-th caption is question "key/i"."""
+def questions_of(units: list, scorer: str) -> dict[str, Asked]:
+    """Items -> {question_id: Asked}; for a pair scorer pairs, whose i-th caption is question "key/i"."""
     if scorer not in PAIR_SCORERS:
         lines = [({"question_id": item.key, "prompt": item.question}, item) for item in units]
     else:
@@ -58,17 +59,17 @@ def questions_of(units: list, scorer: str) -> dict[str, Question]:
             for pair in units
             for i, caption in enumerate(pair.captions)
         ]
-    return {line["question_id"]: Question(line, u.image, getattr(u, "options", ())) for line, u in lines}
+    return {line["question_id"]: Asked(line, u.image, getattr(u, "options", ())) for line, u in lines}
 
 
 def answer(
-    vlm: model.VLM, questions: list[Question], scorer: str, max_new_tokens: int, chunks, workers: int
-) -> Iterator[tuple[Question, dict]]:
+    vlm: model.VLM, questions: list[Asked], scorer: str, max_new_tokens: int, chunks, workers: int
+) -> Iterator[tuple[Asked, dict]]:
     """Questions in batches -> each with its part of the line: "text", or a caption's "score"."""
     names = {question.options for question in questions} if scorer == "choice" else {("yes", "no")}
     options = {some: option_tokens(vlm, some) for some in names} if scorer in ("choice", "yes") else {}
 
-    def ask(question: Question) -> Ask:
+    def ask(question: Asked) -> Ask:
         if scorer.startswith("likelihood"):
             return described(vlm, question.picture, DESCRIBE_IMAGE, question.line["caption"])
         some = options.get(question.options if scorer == "choice" else ("yes", "no"))
@@ -91,18 +92,12 @@ def answer(
 
 def read_answers(file: Path) -> list[dict]:
     """The lines of an answers file; a last line that a killed run has cut is dropped."""
-    lines, rows = file.read_bytes().split(b"\n"), []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            if not (isinstance(row, dict) and isinstance(row.get("question_id"), str | int)):
-                raise ValueError("no object with a question_id")
-            rows.append(row)
-        except (ValueError, RecursionError) as error:
-            if number < len(lines):
-                raise BadInput(f"{file}, line {number}: {error}; mend or remove the line") from None
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file of answers; give JSON lines with question_id, prompt and text")
+    rows = []
+    for where, row in load_lines(file, "; remove that line", may_be_cut=True):
+        identity(row, "question_id", where)
+        rows.append(row)
     return rows
 
 
@@ -117,7 +112,7 @@ def lock(handle: IO, how: int) -> None:
     resume.hold(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
-def answers_so_far(file: Path, run: dict, questions: dict[str, Question]) -> dict[str, dict]:
+def answers_so_far(file: Path, run: dict, questions: dict[str, Asked]) -> dict[str, dict]:
     """{question_id: line} of the file and of other ranks' parts; those of another run are refused."""
     answers = {}
     for part in parts_of(file):
@@ -162,7 +157,7 @@ def write_answers(file: Path, answers: dict[str, dict], order: Iterable[str]) ->
 
 
 def answer_file(
-    args: argparse.Namespace, file: Path, chosen: dict[str, Question], everything: dict[str, Question]
+    args: argparse.Namespace, file: Path, chosen: dict[str, Asked], everything: dict[str, Asked]
 ) -> None:
     """Answer all that is not answered yet, a flushed line each; ranks share the batches."""
     rank, ranks = resume.rank_and_ranks()
@@ -222,44 +217,68 @@ def summarise(name: str, units: list, rows: list[dict], scorer: str, as_released
     return benchmarks.score_pairs(name, units, complete)
 
 
+def summary_file(args: argparse.Namespace, file: Path) -> Path:
+    """Where the summary goes; refused before any work where it cannot."""
+    kind = ".per-token" * (args.scorer == "likelihood-per-token") + ".as-released" * args.as_released
+    out = args.out or file.with_suffix(f"{kind}.scores.json")
+    if out.resolve() == file.resolve():
+        raise BadInput(f"{out} holds the answers; choose another --out")
+    resume.check_writable(out.parent)
+    return out
+
+
+def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict], Path, Path]:
+    """-> the summary, the lines that it is about, their file, and where the summary goes."""
+    read = benchmarks.read_pairs if args.scorer in PAIR_SCORERS else benchmarks.read
+    everything = read(args.name, args.annotations, args.images, args.as_released)
+    if args.scorer not in PAIR_SCORERS:
+        closed = all(item.options for item in everything)
+        args.scorer = args.scorer or ("choice" if closed else "generate")
+        if args.scorer == "choice" and not closed:
+            raise BadInput(f"{args.name} asks for free answers; use --scorer generate")
+    units = spread_out(everything, args.limit)
+    asked, known = (questions_of(some, args.scorer) for some in (units, everything))
+    kind = args.scorer.removesuffix("-per-token")  # which only divides: one file serves both
+    file = args.answers or Path(f"out/bench/{args.name}.{kind}.jsonl")
+    out = summary_file(args, file)
+    answer_file(args, file, asked, known)
+    rows = [row for row in read_answers(file) if row["question_id"] in asked]
+    summary = summarise(args.name, units, rows, args.scorer, args.as_released)
+    summary.notes.extend(benchmarks.prompt_notes(args.name, [row["prompt"] for row in rows]))
+    return summary, rows, file, out
+
+
+def only_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict], Path, Path]:
+    """The same for --score-only: any file of answers, ours or LLaVA's, and no model."""
+    file = args.score_only
+    rows = read_answers(file)
+    if others := {str(row["benchmark"]) for row in rows if "benchmark" in row} - {args.name}:
+        raise BadInput(f"{file} answers {', '.join(sorted(others))}, not {args.name}; score it as that")
+    args.scorer = args.scorer or next((row["scorer"] for row in rows if "scorer" in row), None)
+    out = summary_file(args, file)
+    if args.scorer not in PAIR_SCORERS:
+        summary = benchmarks.score_file(args.name, args.annotations, file, args.as_released)
+        return summary, rows, file, out
+    if not any("score" in row for row in rows):
+        raise BadInput(f"{file} has no scores of captions; leave --scorer out")
+    pairs = benchmarks.read_pairs(args.name, args.annotations, None, args.as_released)
+    run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
+    rows = [*answers_so_far(file, run, questions_of(pairs, args.scorer)).values()]
+    return summarise(args.name, pairs, rows, args.scorer, args.as_released), rows, file, out
+
+
 def bench(args: argparse.Namespace) -> None:
     """Answer and score, or only score: prints a table and writes a JSON."""
-    if args.score_only:
-        rows, file = read_answers(args.score_only), args.score_only
-        args.scorer = args.scorer or next((row["scorer"] for row in rows if "scorer" in row), None)
-        if args.scorer in PAIR_SCORERS:
-            pairs = benchmarks.read_pairs(args.name, args.annotations, None, args.as_released)
-            run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
-            rows = [*answers_so_far(file, run, questions_of(pairs, args.scorer)).values()]
-            summary = summarise(args.name, pairs, rows, args.scorer, args.as_released)
-        else:
-            summary = benchmarks.score_file(args.name, args.annotations, file, args.as_released)
-    else:
-        read = benchmarks.read_pairs if args.scorer in PAIR_SCORERS else benchmarks.read
-        everything = read(args.name, args.annotations, args.images, args.as_released)
-        if args.scorer not in PAIR_SCORERS:
-            closed = all(item.options for item in everything)
-            args.scorer = args.scorer or ("choice" if closed else "generate")
-            if args.scorer == "choice" and not closed:
-                raise BadInput(f"{args.name} asks for free answers; use --scorer generate")
-        units = spread_out(everything, args.limit)
-        asked, known = (questions_of(some, args.scorer) for some in (units, everything))
-        kind = args.scorer.removesuffix("-per-token")  # which only divides: one file serves both
-        file = args.answers or Path(f"out/bench/{args.name}.{kind}.jsonl")
-        answer_file(args, file, asked, known)
-        rows = [row for row in read_answers(file) if row["question_id"] in asked]
-        summary = summarise(args.name, units, rows, args.scorer, args.as_released)
+    summary, rows, file, out = only_score(args) if args.score_only else ask_and_score(args)
     if resume.rank_and_ranks()[0] > 0:
         return
     print(summary)
-    notes = {"scorer": args.scorer, "answers": str(file), "model": args.model}
+    how = {name: getattr(args, name) for name in ("scorer", "as_released", "limit")}
+    made = {name: rows[0].get(name) for name in ("model_id", "precision")}
+    notes = {"answers": str(file), **how, **made}
     if unasked := [row["unasked"] for row in rows if "unasked" in row]:
         notes["unasked"] = sum(unasked) / len(unasked)
         print(f"{100 * notes['unasked']:.1f} % of {len(rows)} replies began with an option unasked")
-    per_token = ".per-token" if args.scorer == "likelihood-per-token" else ""
-    out = args.out or file.with_suffix(f"{per_token}.scores.json")
-    if out.exists() and out.samefile(file):
-        raise BadInput(f"{out} holds the answers; choose another --out")
     resume.write_atomically(out, json.dumps(notes | summary.json(), indent=1))
     print(f"{file} and {out}")
 
@@ -268,7 +287,7 @@ def add_arguments(commands) -> None:
     command = commands.add_parser("bench", help="one of the eleven benchmarks, from its native files")
     whole, add = recipes.number(int, 1), command.add_argument
     add("name", choices=list(benchmarks.BENCHMARKS))
-    add("--annotations", type=Path, required=True, help="file or folder, as benchmarks.py says")
+    add("--annotations", type=Path, required=True, help="file or folder, as readers.py says")
     add("--images", type=Path, help="folder of the pictures")
     add("--model", help="checkpoint folder or hub name")
     add("--scorer", choices=BENCH_SCORERS, help="(default: choice; generate where answers are free)")
@@ -279,4 +298,4 @@ def add_arguments(commands) -> None:
     add("--batch-size", type=whole, default=32, help="questions at a time (default: %(default)s)")
     add("--workers", type=recipes.number(int, 0), default=0, help="that decode pictures (default: 0)")
     add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
-    add("--as-released", action="store_true", help="the released texts and parser, stray white space and all")
+    add("--as-released", action="store_true", help="the released texts, and parser of --scorer generate")

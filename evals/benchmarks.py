@@ -18,7 +18,7 @@ import numpy as np
 
 from checkpoint import BadInput
 from evals.metrics import (
-    Figure,
+    Estimate,
     Row,
     averages,
     option,
@@ -57,21 +57,27 @@ from evals.readers import (
 )
 
 
+def markdown(head: list[str], lines: list[list]) -> str:
+    """A Markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
 class Summary(NamedTuple):
     """A table: str() is Markdown, json() a dict to be written as it is. The first row has the headline."""
 
     benchmark: str
     column: str  # of the headline
-    rows: list[dict[str, Any]]  # {"": name, "n": complete units, column: Figure ..., "missing": items}
+    rows: list[dict[str, Any]]  # {"": name, "n": complete units, column: Estimate ..., "missing": items}
     notes: list[str]
 
     @property
-    def headline(self) -> Figure | None:
+    def headline(self) -> Estimate | None:
         return self.rows[0].get(self.column)
 
     def json(self) -> dict:
         rows = [
-            {name or "row": x._asdict() if isinstance(x, Figure) else x for name, x in row.items()}
+            {name or "row": x._asdict() if isinstance(x, Estimate) else x for name, x in row.items()}
             for row in self.rows
         ]
         headline = {"row": rows[0]["row"], "column": self.column, **rows[0].get(self.column, {})}
@@ -80,9 +86,7 @@ class Summary(NamedTuple):
     def __str__(self) -> str:
         columns = list(dict.fromkeys(column for row in self.rows for column in row))
         columns.sort(key=lambda column: column == "missing")  # stable: moves one column to the end
-        lines = [columns, ["---"] * len(columns)]
-        lines += [[str(row.get(column, "")) for column in columns] for row in self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        table = markdown(columns, [[row.get(column, "") for column in columns] for row in self.rows])
         notes = "".join(f"\n- {note}" for note in self.notes)
         return f"{self.benchmark} (95 % intervals in brackets)\n\n{table}\n{notes}"
 
@@ -109,7 +113,7 @@ def read_pairs(
 ) -> list[Pair]:
     """Pictures with captions, of the benchmarks that are about captions; the rest as in read."""
     if not benchmark(name).pairs:
-        raise BadInput(f"{name} has no captions to compare; use its questions")
+        raise BadInput(f"{name} has no captions to compare; leave --scorer out")
     pairs = _read(name, annotations, images)
     if as_released:
         return pairs
@@ -139,7 +143,8 @@ def _read(name: str, annotations: str | Path, images: str | Path | None) -> list
             raise BadInput(f"{annotations}: record {key!r} is there twice")
     except BadInput as error:
         files = BENCHMARKS[name].files
-        raise BadInput(f"{error}; mend or fetch it again: {name} is read from {files}") from None
+        remedy = "" if ";" in str(error) else f"; fetch it again: {name} is read from {files}"
+        raise BadInput(f"{error}{remedy}") from None
     wanted = {entry.image for entry in found if entry.image}
     if missing := sorted(path for path in wanted if not path.is_file()):
         number = f"{len(missing)} of {len(wanted)} pictures are missing, the first is {missing[0]}"
@@ -161,8 +166,8 @@ def score(name: str, items: list[Item], answers: dict[str, str], as_released: bo
     else:
         rows = BENCHMARKS[name].score(items, answers)
     notes = [BENCHMARKS[name].note]
-    if name == "textvqa":
-        notes.append(f"prompts {'with' if OCR in items[0].question else 'without'} OCR tokens")
+    if benchmark(name).pairs:
+        notes.append("a liking for one letter shows in the rows of the orders")
     if replaced := sum(item.answer.replaced for item in items):
         notes.append(f"{replaced} records share their id with a later one and do not count")
     if missing:
@@ -194,7 +199,7 @@ def score_pairs(name: str, pairs: list[Pair], scores: dict[str, Sequence[float]]
     def right(values: Sequence[float]) -> bool:
         return values[0] > max(values[1:])
 
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         found = {"accuracy": share(sum(right(values) for _, values in units), len(units))}
         both = np.array(list(squares(units).values()))  # (squares, picture, caption: its own first)
         if not len(both):
@@ -216,7 +221,7 @@ def score_pairs(name: str, pairs: list[Pair], scores: dict[str, Sequence[float]]
 # ---------------------------------------------------------------- files of answers
 
 
-def read_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[str, str], list[str]]:
+def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[str, str], list[str]]:
     """A file of JSON lines {"question_id", "prompt", "text"}, ours or LLaVA's -> {key: reply}, notes.
 
     A line belongs to the item that has its question_id as key (R-Bench: to the later record), else to the
@@ -229,10 +234,8 @@ def read_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[s
         place = item.group, first_line(item.question)
         by_prompt[place] = None if place in by_prompt else item
     comparable = (lambda text: tidy(text).lower()) if whole_prompt else first_line
-    answers, unknown = {}, 0
-    if not file.is_file():
-        raise BadInput(f"{file}: no such file of answers; give JSON lines with question_id, prompt and text")
-    for where, record in load_lines(file, "; remove that line, its question is then asked again"):
+    answers, prompts, unknown = {}, {}, 0
+    for where, record in load_lines(file, "; remove that line", may_be_cut=True):
         if (theirs := record.get("benchmark", name)) != name:
             raise BadInput(f"{where} answers {theirs}, not {name}; score the file with its own benchmark")
         key, text, prompt = identity(record, "question_id", where), record.get("text"), record.get("prompt")
@@ -254,18 +257,27 @@ def read_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[s
             )
         if item.key in answers and not item.answer.replaced:
             raise BadInput(f"{where} answers {item.key!r} once more; remove one of the two lines")
-        answers[item.key] = text
+        answers[item.key], prompts[item.key] = text, prompt
     if not answers:
         raise BadInput(f"{file}: no line answers a question of {name}; give the file of its answers")
-    return answers, [f"{unknown} lines answer no question of these annotations"] if unknown else []
+    notes = [f"{unknown} lines answer no question of these annotations"] if unknown else []
+    return answers, notes + prompt_notes(name, list(prompts.values()))
+
+
+def prompt_notes(name: str, prompts: list[str | None]) -> list[str]:
+    """What a score of TextVQA depends on."""
+    if name != "textvqa":
+        return []
+    known = [prompt for prompt in prompts if prompt is not None]
+    return [f"{sum(OCR in prompt for prompt in known)} of {len(known)} prompts had OCR tokens"]
 
 
 def score_file(
     name: str, annotations: str | Path, answers_file: str | Path, as_released: bool = False
 ) -> Summary:
-    """Scores a file of answers, see read_answers; needs neither pictures nor a model."""
+    """Scores a file of answers, see match_answers; needs neither pictures nor a model."""
     items = read(name, annotations, as_released=as_released)
-    answers, notes = read_answers(name, items, answers_file)
+    answers, notes = match_answers(name, items, answers_file)
     summary = score(name, items, answers, as_released)
     return summary._replace(notes=summary.notes + notes)
 
@@ -294,9 +306,9 @@ CHANCE = "chance is 50, of I2T and T2I 25, of group 16.7; which of them the pape
 BENCHMARKS = {
     "sugarcrepe": Benchmark(
         sugarcrepe, "its seven files swap_obj.json ... add_att.json, or one of them",
-        "chance is 50; a liking for one letter shows in the two orders", max_new_tokens=32, average=True),
+        "chance is 50", max_new_tokens=32, average=True),
     "sade": Benchmark(
-        sade, "sade.json in the form of benchmarks.sade, Winoground's examples.jsonl, or a folder of both",
+        sade, "sade.json in the form of evals/readers.py, Winoground's examples.jsonl, or a folder of both",
         "SADE's own files are not public; the mean of branches is ours", max_new_tokens=32, average=True),
     "bivlc": Benchmark(bivlc, "its parquet files or bivlc.jsonl", CHANCE, max_new_tokens=32),
     "winoground": Benchmark(winoground, "examples.jsonl", CHANCE, max_new_tokens=32),

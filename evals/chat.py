@@ -12,14 +12,13 @@ import argparse
 import os
 import re
 import sys
-import textwrap
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import data
 import distill
@@ -106,20 +105,10 @@ class Conversation:
 
     def save_attention(self) -> Path:
         """The picture under the question, and where the model looked under its answer -> a new PNG's name."""
-        attention = self.attention()
-        side, gap, head = pictures.SIDE, pictures.GAP, pictures.HEAD
-        images = pictures.enlarge(self.picture), pictures.heat(self.picture, attention)
-        sheet = Image.new("RGB", (2 * side + 3 * gap, head + side + 2 * gap), "white")
-        pen = ImageDraw.Draw(sheet)
-        for x, text, image in zip((gap, side + 2 * gap), (self.question, self.answer), images):
-            lines = textwrap.wrap(text, 40, max_lines=2, placeholder=" ...")
-            pen.multiline_text((x, gap), "\n".join(lines), fill="black", font_size=13)
-            sheet.paste(image, (x, gap + head))
+        seen = pictures.heat(self.picture, self.attention())
         file = next(file for i in count(1) if not (file := Path(f"attention-{i}.png")).exists())
-        try:
-            sheet.save(file)
-        except OSError as error:
-            raise BadInput(f"{file} could not be written ({error.strerror or error})") from None
+        row = [(self.question, pictures.enlarge(self.picture)), (self.answer, seen)]
+        pictures.sheet([[(pictures.fit(text, 2), image) for text, image in row]], file)
         return file
 
 
@@ -145,7 +134,7 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
     """The prompt loop, to Ctrl-D, /quit, or Ctrl-C twice."""
     try:
         import readline  # input() then has arrow keys and a history
-    except ImportError:  # Windows
+    except ImportError:
         readline = None
     sys.stdin.reconfigure(errors="replace")
     chat, interrupted = Conversation(vlm, picture), False

@@ -19,7 +19,7 @@ import numpy as np
 from evals.readers import COGNITION, LETTERS, PERCEPTION, YES_NO, Item, Truth
 
 
-class Figure(NamedTuple):
+class Estimate(NamedTuple):
     """A measured number with its 95 % interval: percent, except MME's scores."""
 
     value: float
@@ -39,12 +39,13 @@ def option(reply: str, letters: Sequence[str] = "AB") -> str | None:
     """The letter that a reply chooses, or None: no letter, or several of them.
 
     A reply chooses what it begins with or is ("B", "(b)", "A. A cat"), else the only letter in it that stands
-    alone. An "A" before a word is the article, unless that word is one of a few that follow no article.
+    alone. An "A" before a word is the article, unless that word is one of a few that follow no article: so
+    "B behind" chooses B and "A behind" nothing.
     """
     some = f"[{''.join(letters)}]"
     if match := re.match(rf"\W*({some})(?:\W*$|[).:,\]\"'\n])", reply, re.IGNORECASE):
         return match[1].upper()
-    article = r"(?!\s+(?!(?:is|because|describes|and|or)\b)\w)"
+    article = r"(?!\s+(?!(?:is|because|describes|and|or|[Tt]he|[Aa]n?)\b)\w)"
     alone = rf"\(({some})\)|(?<![\w.'-])(?:(?!A)({some})|(A){article})(?![\w'-])"
     found = {"".join(groups) for groups in re.findall(alone, reply)} & set(letters)
     return found.pop() if len(found) == 1 else None
@@ -151,17 +152,17 @@ def official_accuracy(reply: str, answers: Sequence[str]) -> float:
 Z, RESAMPLES = 1.959964, 1000  # Z: 95 % of the normal distribution lie within
 
 
-def share(hits: float, n: float) -> Figure:
+def share(hits: float, n: float) -> Estimate:
     """100 * hits / n with its Wilson interval; of nothing it is 0 with all of [0, 100]."""
     if n < 1:
-        return Figure(0.0, 0.0, 100.0, 0, "Wilson")
+        return Estimate(0.0, 0.0, 100.0, 0, "Wilson")
     p, z = hits / n, Z * Z / n
     centre, half = (p + z / 2) / (1 + z), (z * p * (1 - p) + z * z / 4) ** 0.5 / (1 + z)
     low, high = max(0.0, centre - half), min(1.0, centre + half)  # rounding alone leads out of it
-    return Figure(100 * p, 100 * low, 100 * high, int(n), "Wilson")
+    return Estimate(100 * p, 100 * low, 100 * high, int(n), "Wilson")
 
 
-def bootstrap(strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray]) -> Figure:
+def bootstrap(strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray]) -> Estimate:
     """strata: (units, k) each; statistic: the means (R,k) of each stratum -> (R,), for R samples at once.
 
     Drawing units with replacement is drawing how often each kind of unit comes: the multinomial does it for
@@ -174,10 +175,10 @@ def bootstrap(strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], 
         means.append(random.multinomial(n, counts / n, size=RESAMPLES) @ kinds / n)
     value = statistic([units.mean(0, keepdims=True) for units in strata])
     low, high = np.percentile(statistic(means), [2.5, 97.5])
-    return Figure(float(value[0]), float(low), float(high), sum(map(len, strata)), "bootstrap")
+    return Estimate(float(value[0]), float(low), float(high), sum(map(len, strata)), "bootstrap")
 
 
-def mean(values: Sequence[float]) -> Figure:
+def mean(values: Sequence[float]) -> Estimate:
     """In percent, of one value in 0..1 per unit."""
     return bootstrap([100 * np.array(values, dtype=float)[:, None]], lambda means: means[0][:, 0])
 
@@ -226,7 +227,7 @@ def gather(items: list[Item], answers: dict[str, str]) -> dict[str, Row]:
     return {name: rows[name] for name in sorted(rows, key=depth.get)}
 
 
-def table(rows: dict[str, Row], cells: Callable[[list], dict[str, Figure]]) -> list[dict]:
+def table(rows: dict[str, Row], cells: Callable[[list], dict[str, Estimate]]) -> list[dict]:
     return [
         {"": name, "n": len(row.units), **(cells(row.units) if row.units else {}), "missing": row.missing}
         for name, row in rows.items()
@@ -250,7 +251,7 @@ def score_choice(items: list[Item], answers: dict[str, str], pick: Callable, ave
     def right(unit: list) -> list[bool]:
         return [pick(reply, LETTERS[: len(unit)]) == truth.label for truth, reply in unit]
 
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         hits, none = {}, []
         for unit in units:
             for (truth, reply), hit in zip(unit, right(unit)):
@@ -270,7 +271,7 @@ def score_choice(items: list[Item], answers: dict[str, str], pick: Callable, ave
 def score_soft(items: list[Item], answers: dict[str, str], constant: str | None = None) -> list[dict]:
     """VQA soft accuracy by both normalisations, and what one constant answer has (by N1)."""
 
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         pairs = [(reply, truth.label) for unit in units for truth, reply in unit]
         found = {
             "N1": mean([soft_accuracy(*pair) for pair in pairs]),
@@ -284,7 +285,7 @@ def score_soft(items: list[Item], answers: dict[str, str], constant: str | None 
 
 
 def score_gqa(items: list[Item], answers: dict[str, str]) -> list[dict]:
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         hits = [reply.strip().rstrip(".").lower() == truth.label for unit in units for truth, reply in unit]
         return {"accuracy": share(sum(hits), len(hits))}
 
@@ -296,7 +297,6 @@ ALL = [0, 1, 2, 3, 4, 5]
 RATES = {"accuracy": ([0, 4], ALL), "precision": ([0], [0, 3]), "recall": ([0], [0, 1, 2])}
 RATES_OF_NO = {"precision": ([4], [1, 4]), "recall": ([4], [3, 4, 5])}
 OTHER_RATES = {"yes ratio": ([0, 3], ALL), "other": ([2, 5], ALL)}
-TINY = 1e-12  # what to divide by instead of zero
 
 
 def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
@@ -310,22 +310,22 @@ def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
 
 
 def rate(counts: np.ndarray, part: list[int], whole: list[int], eps: float) -> np.ndarray:
-    return counts[..., part].sum(-1) / np.maximum(counts[..., whole].sum(-1) + eps, TINY)
+    return counts[..., part].sum(-1) / np.maximum(counts[..., whole].sum(-1) + eps, 1e-12)
 
 
 def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
     """(...,6) -> (...,), 0 where nothing is positive. eps: POPE's 1e-5 is part of R-Bench's definition."""
     p, r = (rate(counts, *rates[name], eps) for name in ("precision", "recall"))
-    return 2 * p * r / np.maximum(p + r + eps, TINY)
+    return 2 * p * r / np.maximum(p + r + eps, 1e-12)
 
 
-def yes_no(cases: np.ndarray, eps: float = 0.0) -> dict[str, Figure]:
+def yes_no(cases: np.ndarray, eps: float = 0.0) -> dict[str, Estimate]:
     counts = cases.sum(0)
 
-    def shares(rates: dict) -> dict[str, Figure]:
+    def shares(rates: dict) -> dict[str, Estimate]:
         return {name: share(counts[p].sum(), counts[w].sum() + eps) for name, (p, w) in rates.items()}
 
-    def score(rates: dict) -> Figure:
+    def score(rates: dict) -> Estimate:
         return bootstrap([cases], lambda means: 100 * f1(len(cases) * means[0], eps, rates))
 
     return shares(RATES) | {"F1": score(RATES), "F1 of no": score(RATES_OF_NO)} | shares(OTHER_RATES)
@@ -338,7 +338,7 @@ def score_mme(items: list[Item], answers: dict[str, str]) -> list[dict]:
         right = [[mme_reply(reply) == truth.label for truth, reply in unit] for unit in units]
         return np.array([(100 * np.mean(unit), 100 * all(unit)) for unit in right])
 
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         both = points(units)
         figures = yes_no(counted(units, mme_reply))
         plus = share((both[:, 1] > 0).sum(), len(both))
@@ -366,7 +366,7 @@ def score_rbench(items: list[Item], answers: dict[str, str]) -> list[dict]:
     members = np.array([[name in unit[0][0].rows for name in lists] for unit in units])
     cases = counted(units, pope_reply)[:, None, :] * members[:, :, None]  # (ids, lists, 6)
 
-    def over_lists(function: Callable[..., np.ndarray], *args) -> Figure:
+    def over_lists(function: Callable[..., np.ndarray], *args) -> Estimate:
         def statistic(means: list[np.ndarray]) -> np.ndarray:
             counts = len(units) * means[0].reshape(-1, len(lists), 6)
             return 100 * function(counts, *args, 1e-5).mean(-1)
@@ -381,7 +381,7 @@ def score_rbench(items: list[Item], answers: dict[str, str]) -> list[dict]:
 def score_reefknot(items: list[Item], answers: dict[str, str]) -> list[dict]:
     """Yes/no: all rates. Choices: accuracy. The authors' hallucination rate is 100 - accuracy."""
 
-    def cells(units: list) -> dict[str, Figure]:
+    def cells(units: list) -> dict[str, Estimate]:
         if units[0][0][0].label in YES_NO:
             return yes_no(counted(units, first_word))
         said = [(option(reply, "ABCD"), truth.label) for unit in units for truth, reply in unit]

@@ -60,20 +60,34 @@ def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
 
 def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
     """One row per (picture, question): the picture, then where each model looks, above it its answer."""
-    width, height = (SIDE + GAP) * (len(models) + 1) + GAP, (HEAD + SIDE + GAP) * len(cases) + GAP
-    sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for row, (path, question) in enumerate(cases):
-        picture, y = data.open_picture(path), GAP + row * (HEAD + SIDE + GAP)
-        columns = [("\n".join(textwrap.wrap(question, 42)), enlarge(picture))]
+    rows = []
+    for path, question in cases:
+        picture = data.open_picture(path)
+        rows.append([(fit(question, 2), enlarge(picture))])
         for name, vlm in models.items():
             answer = vlm.answer(picture, question, max_new_tokens=16)
-            columns.append((f"{name}\n{answer}", heat(picture, question_attention(vlm, picture, question))))
+            seen = heat(picture, question_attention(vlm, picture, question))
+            rows[-1].append((f"{fit(name)}\n{fit(answer)}", seen))
+    sheet(rows, file)
+
+
+def fit(text: str, lines: int = 1) -> str:
+    """A text over a picture, cut to so many lines."""
+    return "\n".join(textwrap.wrap(text, 38, max_lines=lines, placeholder=" ..."))
+
+
+def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
+    """Rows of pictures (SIDE x SIDE), each under its text of at most two lines, as a PNG."""
+    width, height = (SIDE + GAP) * max(map(len, rows)) + GAP, (HEAD + SIDE + GAP) * len(rows) + GAP
+    page = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(page)
+    for row, columns in enumerate(rows):
         for column, (text, image) in enumerate(columns):
-            x = GAP + column * (SIDE + GAP)
+            x, y = GAP + column * (SIDE + GAP), GAP + row * (HEAD + SIDE + GAP)
             pen.multiline_text((x, y), text, fill="black", font_size=13)
-            sheet.paste(image, (x, y + HEAD))
+            page.paste(image, (x, y + HEAD))
     try:
-        sheet.save(file)
+        page.save(file)
     except OSError as error:
-        raise BadInput(f"{file} could not be written ({error.strerror or error})") from None
+        reason = error.strerror or error
+        raise BadInput(f"{file} could not be written ({reason}); choose another folder") from None

@@ -79,8 +79,10 @@ def load(file: Path, kind: type) -> Any:
     return content
 
 
-def load_lines(file: Path, remedy: str = "") -> Iterator[tuple[str, dict]]:
-    """The objects of a file of JSON lines, each with file and number to name it by."""
+def load_lines(file: Path, remedy: str = "", may_be_cut: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a file of JSON lines, each with file and number to name it by; may_be_cut: a last line
+    without its end, which a killed run leaves, is dropped.
+    """
     try:
         with open(file, "rb") as handle:
             for number, line in enumerate(handle, 1):
@@ -88,6 +90,8 @@ def load_lines(file: Path, remedy: str = "") -> Iterator[tuple[str, dict]]:
                 try:
                     record = json.loads(line.decode("utf-8")) if line.strip() else None
                 except (ValueError, RecursionError):
+                    if may_be_cut and not line.endswith(b"\n"):
+                        return
                     raise BadInput(f"{where} is damaged or cut short{remedy}") from None
                 if line.strip() and not isinstance(record, dict):
                     raise BadInput(f"{where} is no JSON object{remedy}")
@@ -241,7 +245,7 @@ def parquet(annotations: Path, images: Path | None) -> Iterator[tuple[str, dict]
     except ImportError:
         raise BadInput(
             f"{annotations}: parquet needs the optional package pyarrow (pip install pyarrow); without it "
-            "unpack the rows into bivlc.jsonl and a folder of pictures (benchmarks.bivlc has the form)"
+            "unpack the rows into bivlc.jsonl and a folder of pictures (the form is in evals/readers.py)"
         ) from None
     files = [annotations] if annotations.is_file() else sorted(annotations.glob("**/*.parquet"))
     names = {"image": "bivlc_{}.jpg", "negative_image": "bivlc_{}_negative.jpg"}

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -35,7 +36,10 @@ BATCH = 256  # prompts scored at once
 def load(name: str, precision: str = "fp32") -> model.VLM:
     """A checkpoint that can be asked questions, on the GPU (under torchrun this rank's) if there is one."""
     vlm = model.load(name, DTYPES[precision], pick_device())
-    vlm.require_tokenizer()
+    try:
+        vlm.require_tokenizer()
+    except BadInput as error:
+        raise BadInput(f"{name}: {error}") from None
     return vlm
 
 
@@ -147,15 +151,11 @@ def log_probabilities(vlm: model.VLM, batch: Batch) -> Iterator[Tensor]:
     hidden, _ = vlm.lm.hidden(batch.ids, batch.mask, cache=batch.cache)  # (R,T,C)
     # only there are logits needed
     rows = [row[end : end + len(then) + 1] for row, end, then in zip(hidden, batch.ends, batch.thens)]
+    head = vlm.lm.head_weight.float()  # in bfloat16 near logits would tie
     for at in range(0, len(rows), 16):  # not all at once: V is 150,000
         some = rows[at : at + 16]
-        logits = vlm.lm.head(torch.cat(some)).float()
+        logits = model.finite(F.linear(torch.cat(some).float(), head))
         yield from logits.log_softmax(-1).split([len(row) for row in some])
-
-
-def first_token(vlm: model.VLM, answer: str) -> int:
-    """The first token of an answer."""
-    return words(vlm, answer)[0]
 
 
 # ---------------------------------------------------------------- scorers of one batch

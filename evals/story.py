@@ -35,6 +35,7 @@ from evals.analyses import (
     world_questions,
     write_rows,
 )  # fmt: skip
+from evals.benchmarks import markdown
 from evals.figures import FIGURES, NO_PLOTS
 from tiny.world import make_world, tiny_cases
 
@@ -63,9 +64,11 @@ def link_verdict(claims: list[Claim]) -> str:
     for word, count in counts.items():
         if count == len(claims):
             return word
+    opposite = counts["the opposite holds"]
+    against = f", the opposite of {opposite}" if opposite else ""
     if not counts["holds"]:
-        return "not shown"
-    return f"in part: {counts['holds']} of {len(claims)} claims hold"
+        return "not shown" + against
+    return f"in part: {counts['holds']} of {len(claims)} claims hold{against}"
 
 
 VERDICTS = ("holds", "not shown", "the opposite holds")
@@ -137,12 +140,6 @@ LINKS = {
     "3. forcing alignment helps": forcing_helps,
     "4. training for it helps most": training_helps_most,
 }
-
-
-def markdown(head: list[str], lines: list[list]) -> str:
-    """A Markdown table."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def spread(value: float, low: float, high: float, digits: int = 1) -> str:
@@ -278,7 +275,7 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
             return f"*{text} Numbers: {files}; {NO_PLOTS}.*"
         return f"![{text}]({name}.png)\n\n*{text} Numbers: {files}.*"
 
-    def claims(name: str) -> str:
+    def claim_list(name: str) -> str:
         found = [f"- {claim}" for claim in links[name]] or ["- not tested: its students are missing"]
         return "\n".join([*found, "", f"**Verdict: {link_verdict(links[name])}.**"])
 
@@ -313,7 +310,7 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
             figure("similarity", "Cosine of student and teacher attention, by depth of the student's layer."),
             "In the understanding layers, mean over text rows:",
             cosine_table(study),
-            claims(first),
+            claim_list(first),
             "Cosines over different numbers of tokens are not quite on one scale: compare students with one "
             "another first.",
             kd_against_sft(study),
@@ -326,7 +323,7 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
             "right answer. \"All\" mixes kinds, of which some are easier and looked at more alike; \"within "
             "kinds\" is the mean of each kind's own rho, and what the verdict rests on. "
             "Numbers: [CSV](correlation.csv), [JSON](correlation.json).*",
-            claims(second),
+            claim_list(second),
             across_students(study),
             f"## {third}",
             figure("intervention", "Caption pairs, with the visual attention as it is, mixed and replaced."),
@@ -336,10 +333,10 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
             "*In points of all pairs. A mean mixes one map into all heads: a student's own head mean shows "
             "what that alone does; the teacher's map for the same words and another picture shows what it "
             "does to look in a wrong place.*",
-            claims(third),
+            claim_list(third),
             full_against_mean(study),
             f"## {fourth}",
-            claims(fourth),
+            claim_list(fourth),
             "## For the eye",
             figure("picture", "Where the words of a question look (bright = much attention), and answers."),
         ]

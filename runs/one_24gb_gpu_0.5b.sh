@@ -4,7 +4,7 @@
 #   TEACHER=ptkjw1997/CompoDistill-Teacher-4B PRETRAIN=blip_laion_cc_sbu_558k.json PRETRAIN_IMAGES=LLaVA-Pretrain \
 #   TUNE=llava_v1_5_mix665k.json IMAGES=LLaVA-Finetune runs/one_24gb_gpu_0.5b.sh [flags of train.py]
 #
-# Killed: run it again, and it goes on where it stopped. For a first try add --steps 500.
+# Killed, or Ctrl-C: run it again, and it goes on where it stopped. For a first try add --steps 500 and another OUT.
 #
 # Memory, estimated from counts, not measured: 4 samples of 1,536 tokens, gradient checkpointing
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          0.9 GB   student, 0.46 B x 2
@@ -19,8 +19,11 @@ ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 : "${IMAGES:?folder of the pictures of TUNE}" "${PRETRAIN_IMAGES:=$IMAGES}" "${STUDENT:=Qwen/Qwen1.5-0.5B}"
 : "${OUT:=out/4b_to_0.5b}" "${PYTHON:=python}"
 
-stage() { "$PYTHON" "$ROOT/train.py" --recipe paper --group-by-length --out "$OUT" --stage "$@"; }
+stage() {
+  "$PYTHON" "$ROOT/train.py" --recipe paper --group-by-length --save-every 100 --out "$OUT" --stage "$@" --name student
+  [ -d "$OUT/student/stage$1" ] || exit 0  # it was asked to stop
+}
 stage 1 --teacher "$TEACHER" --student "$STUDENT" --data "$PRETRAIN" --images "$PRETRAIN_IMAGES" "$@"
 stage 2 --teacher "$TEACHER" --data "$TUNE" --images "$IMAGES" "$@"
 stage 3 --data "$TUNE" --images "$IMAGES" "$@"
-[ -e "$OUT/released" ] || "$PYTHON" "$ROOT/model.py" "$OUT/compodistill/stage3" --out "$OUT/released" --layout released --dtype bfloat16
+[ -e "$OUT/released" ] || "$PYTHON" "$ROOT/model.py" "$OUT/student/stage3" --out "$OUT/released" --layout released --dtype bfloat16

@@ -4,7 +4,7 @@
 #   TEACHER=ptkjw1997/CompoDistill-Teacher-4B PRETRAIN=blip_laion_cc_sbu_558k.json PRETRAIN_IMAGES=LLaVA-Pretrain \
 #   TUNE=llava_v1_5_mix665k.json IMAGES=LLaVA-Finetune GPUS=8 runs/paper_4b_to_1.8b.sh [flags of train.py]
 #
-# Killed or out of time: run it again, and it goes on where it stopped. For full tuning instead of LoRA add
+# Killed, out of time, or Ctrl-C: run it again, and it goes on where it stopped. For full tuning instead of LoRA add
 # --tune full --parallel fsdp.
 #
 # Memory of a GPU, estimated from counts, not measured: 4 samples of 1,536 tokens, gradient checkpointing
@@ -23,9 +23,10 @@ ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 
 stage() {
   "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$ROOT/train.py" --recipe paper \
-    --out "$OUT" --stage "$@"
+    --out "$OUT" --stage "$@" --name student
+  [ -d "$OUT/student/stage$1" ] || exit 0  # it was asked to stop
 }
 stage 1 --teacher "$TEACHER" --student "$STUDENT" --data "$PRETRAIN" --images "$PRETRAIN_IMAGES" "$@"
 stage 2 --teacher "$TEACHER" --data "$TUNE" --images "$IMAGES" "$@"
 stage 3 --data "$TUNE" --images "$IMAGES" "$@"
-[ -e "$OUT/released" ] || "$PYTHON" "$ROOT/model.py" "$OUT/compodistill/stage3" --out "$OUT/released" --layout released --dtype bfloat16
+[ -e "$OUT/released" ] || "$PYTHON" "$ROOT/model.py" "$OUT/student/stage3" --out "$OUT/released" --layout released --dtype bfloat16

@@ -18,7 +18,7 @@ from PIL import Image
 
 from checkpoint import BadInput
 from evals import metrics
-from evals.benchmarks import BENCHMARKS, read, read_answers, read_pairs, score, score_file, score_pairs
+from evals.benchmarks import BENCHMARKS, match_answers, read, read_pairs, score, score_file, score_pairs
 from evals.metrics import (
     bootstrap,
     f1,
@@ -930,14 +930,14 @@ JOINED = {
 def test_llavas_answers_file(name, native, tmp_path):
     lines = [{"question_id": i, "prompt": q, "text": f"reply {n}"} for n, (i, q) in enumerate(LLAVA[name])]
     file = put(tmp_path / "answers.jsonl", lines)
-    answers, notes = read_answers(name, read(name, native[name][0]), file)
+    answers, notes = match_answers(name, read(name, native[name][0]), file)
     assert answers == {key: f"reply {n}" for n, key in enumerate(JOINED[name]) if key} and not notes
 
 
 def test_an_answer_that_could_be_to_two_questions_is_to_none(native, tmp_path):
     items = read("reefknot", native["reefknot"][0])  # its first two rows are the same
     lines = [{"question_id": item.group, "prompt": item.question, "text": "x"} for item in items]
-    answers, notes = read_answers("reefknot", items, put(tmp_path / "a.jsonl", lines))
+    answers, notes = match_answers("reefknot", items, put(tmp_path / "a.jsonl", lines))
     assert answers == {"YESNO/2": "x", "Multichoice/0": "x"}
     assert notes == ["2 lines answer no question of these annotations"]
 
@@ -946,9 +946,9 @@ def test_rbench_answers_are_of_the_later_record(native, tmp_path):
     """Whatever the order of the two lines; without prompts the later line."""
     items, (first, second) = read("rbench", native["rbench"][0]), LLAVA["rbench"][:2]
     both = [{"question_id": i, "prompt": q, "text": q} for i, q in (second, first)]
-    assert read_answers("rbench", items, put(tmp_path / "a.jsonl", both))[0] == {"5": "Is the new question?"}
+    assert match_answers("rbench", items, put(tmp_path / "a.jsonl", both))[0] == {"5": "Is the new question?"}
     both = [{"question_id": 5, "text": text} for text in ("1", "2")]
-    assert read_answers("rbench", items, put(tmp_path / "a.jsonl", both))[0] == {"5": "2"}
+    assert match_answers("rbench", items, put(tmp_path / "a.jsonl", both))[0] == {"5": "2"}
 
 
 BAD_ANSWERS = {
@@ -1020,7 +1020,7 @@ def test_textvqa_llava_1_5_13b(real):
     assert (summary.headline.n, round(summary.headline.value, 3)) == (5000, 61.254)
     assert round(summary.rows[0]["N2"].value, 2) == 49.09
     items = read("textvqa", real / "textvqa" / "TextVQA_0.5.1_val.json")  # without OCR tokens
-    answers, notes = read_answers("textvqa", items, file)
+    answers, notes = match_answers("textvqa", items, file)
     assert len(answers) == 5000 and not notes
 
     def with_normalisation(normalise) -> float:

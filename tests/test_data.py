@@ -29,6 +29,7 @@ from data import (
     Records,
     batches_of,
     collate,
+    cut,
     encode,
     encode_prompt,
     load_tokenizer,
@@ -842,7 +843,7 @@ def test_long_samples_are_cut_at_the_end_never_in_the_picture(tokenizer, llava, 
     least = len(prompt) + PATCHES + 1
     for limit in range(1, len(ids) + 2):
         end = first if first < limit < first + PATCHES else limit
-        short = encode(TALKS[name], tokenizer, PATCHES, template, max_length=limit)
+        short = cut(*encode(TALKS[name], tokenizer, PATCHES, template), PATCHES, limit)
         assert short == (ids[:end], labels[:end])
         assert short[0].count(IMAGE_TOKEN) in (0, PATCHES)
         if limit < least or limit % 5:
@@ -913,7 +914,9 @@ def test_a_bad_record_stops_or_is_replaced_by_the_next_good_one(tmp_path, llava,
         llava(records)[1]
     assert "\n" not in str(error.value)
     sample, good = llava(records, skip_bad=True)[1], llava(records)[0]  # after the last comes the first
-    assert sample.pop("replaced") == [str(error.value)] and good.pop("replaced") == []
+    hint = " (--skip-bad-samples passes over such records)"
+    assert [reason + hint for reason in sample.pop("replaced")] == [str(error.value)]
+    assert good.pop("replaced") == []
     assert sample["id"] == "first" and torch.equal(sample.pop("pixel_values"), good.pop("pixel_values"))
     assert sample == good
 

@@ -169,6 +169,58 @@ def test_how_the_work_is_cut_may_change_between_runs(world, tmp_path):
     close_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_stopped_between_two_micro_batches(world, tmp_path):
+    """A long step is not waited for: nothing of it is kept, and it is run again, to the same bits."""
+    flags = ["--steps", 2, "--batch-size", 1, "--accumulation", 300]
+    process = start(command(world, tmp_path / "parts", *flags))
+    for line in process.stdout:
+        if line.startswith("steps: "):
+            break
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=30)
+    assert process.returncode == 0 and "stopped after step 0" in text, text
+    for out in ("parts", "whole"):
+        train.main(command(world, tmp_path / out, *flags))
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_save_counts_once_latest_names_it(world, tmp_path, capsys):
+    """Killed between the two, a run goes on from the save before and makes the newer one again."""
+    flags = ["--steps", 8, "--batch-size", 2, "--save-every", 2]
+    train.main(command(world, tmp_path / "whole", *flags))
+    parts = command(world, tmp_path / "parts", *flags)
+    train.main([*parts, "--stop-after", "4"])
+    said = capsys.readouterr().out
+    assert "stopped after step 4" in said and "the same command without --stop-after goes on" in said
+    pointer = tmp_path / "parts/x/stage2.run/latest"
+    assert pointer.read_text() == "step-00000004"
+    pointer.write_text("step-00000002")
+    train.main([*parts, "--stop-after", "5"])
+    assert "of which 2 are done" in capsys.readouterr().out and pointer.read_text() == "step-00000005"
+    train.main(parts)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_its_own_saves_take_no_room_from_a_run(world, tmp_path, monkeypatch):
+    """What is asked for at the start is what it will take at most: having saved, it may go on with less."""
+    argv = command(world, tmp_path, "--steps", 6, "--batch-size", 2, "--save-every", 2, "--keep", 1)
+    train.main([*argv, "--stop-after", "3"])
+    (save,) = (tmp_path / "x/stage2.run").glob("step-*")
+    own = sum(file.stat().st_size for file in save.iterdir())
+    student = model.load(world / "student")
+    trained = [*student.lm.parameters(), *student.adapter.student.parameters()]
+    size, whole = (sum(p.numel() for p in ps) for ps in (trained, student.parameters()))
+    most = 2 * 12 * size + 4 * whole  # a save, another before it goes, and the model
+    for free, enough in ((most - own - 1, False), (most - own, True)):
+        monkeypatch.setattr(resume.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))  # noqa: B023
+        if enough:
+            train.main(argv)
+        else:
+            with pytest.raises(SystemExit, match="GB free, and this run's saves and model need"):
+                train.main(argv)
+
+
 def damage(folder, how):
     if how == "cut":
         file = next(folder.glob("*.distcp"))
@@ -301,10 +353,13 @@ def test_nan_stops_with_the_samples_written_down(world, tmp_path):
 def test_bad_samples_stop_the_run_or_are_counted(world, tmp_path):
     argv = command(world, tmp_path / "a", "--steps", 20, "--batch-size", 4)
     strict = [flag for flag in argv if flag != "--skip-bad-samples"]
-    with pytest.raises(SystemExit, match="record 'tune-(3|17)': .*cannot be read as a picture"):
+    with pytest.raises(SystemExit, match="record 'tune-(3|17)': .*cannot be read as .*--skip-bad-samples"):
         train.main(strict)
     argv = command(world, tmp_path / "b", "--steps", 20, "--batch-size", 4)
     train.main(argv)
+    with_flag = [flag if flag != str(tmp_path / "b") else str(tmp_path / "a") for flag in argv]
+    train.main(with_flag)  # the run that was stopped goes on with the flag that its sentence names
+    same_run(tmp_path / "a", tmp_path / "b")
     skipped = rows(tmp_path / "b", "stage2.bad.jsonl")
     assert len(skipped) == 4 == rows(tmp_path / "b")[-1]["bad"]  # two epochs, two broken pictures
     assert {name for row in skipped for name in ("tune-3", "tune-17") if name in row["skipped"]} == {
@@ -351,7 +406,8 @@ def test_an_output_that_cannot_be_written_is_one_sentence(world, tmp_path, kind,
 
 def test_the_global_batch_is_checked():
     def resolve(flags, ranks):
-        argv = ["--stage", "2", "--recipe", "paper", "--data", "x", "--images", "y", *flags.split()]
+        argv = ["--stage", "2", "--recipe", "paper", "--teacher", "t", "--data", "x", "--images", "y"]
+        argv += flags.split()
         return recipes.for_stage("2", train.parse_args(argv), ranks)
 
     assert resolve("", 8).accumulation == 4 and resolve("", 8).global_batch == 128
@@ -365,7 +421,8 @@ def test_the_global_batch_is_checked():
 
 def test_the_papers_recipe():
     """method.md, section 5: the table of stages."""
-    argv = ["--recipe", "paper", "--data", "x", "--images", "y", "--stage"]
+    models = ["--student", "s", "--teacher", "t", "--vision", "v"]
+    argv = ["--recipe", "paper", "--data", "x", "--images", "y", *models, "--stage"]
     table = {
         "0a": (1e-3, 256, 2048, 0.0), "0b": (2e-4, 128, 2048, 0.05), "1": (2e-4, 256, 1536, 0.0),
         "2": (2e-4, 128, 1536, 0.0), "3": (2e-4, 192, 1536, 0.05),
@@ -385,6 +442,24 @@ def test_the_papers_recipe():
     assert args.lr == 2e-5 and args.steps == 7 and args.epochs is None
     args = recipes.for_stage("2", train.parse_args([*argv, "2", "--tune", "full", "--lr", "1e-3"]), 8)
     assert args.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    "stage, method, needs",
+    [("0a", "sft", {"student", "vision"}), ("0b", "sft", set()), ("1", "sft", {"student", "vision"}),
+     ("1", "kd", {"student", "teacher"}), ("1", "compodistill", {"student", "teacher"}),
+     ("2", "sft", set()), ("2", "kd", {"teacher"}), ("3", "compodistill", set())],
+)  # fmt: skip
+def test_no_tiny_model_slips_into_the_papers_recipe(stage, method, needs, capsys):
+    argv = ["--recipe", "paper", "--data", "x", "--images", "y", "--stage", stage, "--method", method]
+    for given in (set(), {"student"}, {"teacher"}, {"vision"}, {"student", "teacher"}, {"student", "vision"}):
+        flags = [word for name in given for word in (f"--{name}", "x")]
+        if needs <= given:
+            train.parse_args([*argv, *flags])
+        else:
+            with pytest.raises(SystemExit):
+                train.parse_args([*argv, *flags])
+            assert "give --" in capsys.readouterr().err
 
 
 def test_bf16_keeps_what_is_trained_in_float32(world, tmp_path):
@@ -521,20 +596,23 @@ def test_kill_9_at_random_moments(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, gpus", [("paper_4b_to_1.8b.sh", 2), ("one_24gb_gpu_0.5b.sh", 1)])
 def test_the_scripts_in_runs(world, tmp_path, script, gpus):
-    """All three stages and the export, with tiny checkpoints and data; run again, they have nothing to do."""
+    """All three stages and the export, with tiny checkpoints and data. Asked to stop, a script stops; then it
+    goes on; run again, it has nothing to do.
+    """
     places = {
         "TEACHER": train.TINY / "teacher", "STUDENT": train.TINY / "student", "IMAGES": world / "images",
         "PRETRAIN": world / "pretrain.json", "TUNE": world / "tune.json", "OUT": tmp_path / "out",
         "GPUS": gpus, "PYTHON": sys.executable,
     }  # fmt: skip
     small = "--steps 2 --global-batch 8 --batch-size 2 --workers 0 --skip-bad-samples --max-bad-share 1"
-    for _ in range(2):
+    for more in ("--stop-after 1", "", ""):
         done = subprocess.run(
-            ["bash", ROOT / "runs" / script, *small.split()],
+            ["bash", ROOT / "runs" / script, *small.split(), *more.split()],
             env={**ENVIRONMENT, **{name: str(value) for name, value in places.items()}},
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+        assert ("stopped after step 1" in done.stdout) == bool(more) and "error" not in done.stderr
     assert done.stdout.count("finished already") == 3
     assert json.loads((tmp_path / "out/released/config.json").read_text())["model_type"] == "compodistill"
     student = model.load(tmp_path / "out/released")

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -309,9 +310,9 @@ def test_every_method_flag_reaches_the_loss(one_rank, world):
 
 def test_stage_0_makes_a_teacher_of_any_language_model(world, tmp_path):
     """Both parts in one call; part b goes on from part a, whatever --student said."""
-    where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path]
+    shutil.copytree(world, tmp_path / "world")  # where `--stage 0` looks for the tiny world
     models = ["--student", train.TINY / "student", "--vision", train.TINY / "vision"]
-    train.main(list(map(str, ["--stage", "0", *where, *models, "--steps", 2, "--batch-size", 4])))
+    train.main(list(map(str, ["--stage", "0", "--out", tmp_path, *models, "--steps", 2, "--batch-size", 4])))
     teacher = model.load(tmp_path / "teacher/stage0b")
     assert teacher.num_image_tokens == 16 and teacher.config.text.hidden_size == 48
 
@@ -339,7 +340,7 @@ def test_models_that_do_not_belong_together_are_refused(one_rank, world, tmp_pat
     with torch.no_grad():
         model.load(train.TINY / "teacher").save(tmp_path / "layer")
     change_config(tmp_path / "layer", vision_feature_layer=-1)
-    with pytest.raises(ValueError, match="vision layers"):
+    with pytest.raises(ValueError, match="layers or patches of their vision"):
         train.check_pair(student, model.load(tmp_path / "layer"), taf=True)
     tokenizer = json.loads((train.TINY / "teacher/tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -354,6 +355,20 @@ def test_models_that_do_not_belong_together_are_refused(one_rank, world, tmp_pat
         train.check_pair(student, other, taf=True)
     with pytest.raises(ValueError, match="adapter of its own"):
         train.check_pair(teacher, teacher, taf=True)
+    with pytest.raises(ValueError, match="has the teacher's adapter; give --taf"):
+        train.check_pair(student, teacher, taf=False)
+    argv = ["--stage", 2, "--student", train.TINY / "teacher", "--out", tmp_path, "--steps", 1]
+    with pytest.raises(SystemExit, match="student .*teacher, teacher .*teacher: the student has an"):
+        train.main(list(map(str, argv)))
+
+
+def test_a_method_that_does_not_fit_leaves_no_run_behind(one_rank, world, tmp_path):
+    out, _ = one_rank
+    data = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path, "--steps", 1]
+    argv = ["--stage", 2, "--method", "released", "--student", out / "student/stage1", *data]
+    with pytest.raises(SystemExit, match="no list for 5 layers.*give --layers intermediate"):
+        train.main(list(map(str, argv)))
+    train.main(list(map(str, [*argv, "--layers", "intermediate"])))
 
 
 def broken(tmp_path, world):
@@ -422,6 +437,11 @@ def test_bad_input_is_one_sentence(case, world, tmp_path):
         "--stage 2 --vat-loss l1",
         "--unknown",
         "--stage 2 --data x.json",
+        "--stage 0 --data x.json --images x",
+        "--stage 2 --vat-loss mse --vat-rows",
+        "--stage 2 --vat-loss released --vat-queries text",
+        "--stage 2 --steps 1 --epochs 1",
+        "--stage 2 --make-tiny",
         "--stage 2 --steps 0",
         "--stage 2 --lr 0",
         "--stage 2 --batch-size -1",

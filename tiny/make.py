@@ -20,11 +20,12 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from checkpoint import write_folder
+from checkpoint import BadInput, write_folder
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
 from tiny import world
 from train import learning_rate, train_stage
+from training import resume
 
 VISION = SiglipConfig(
     hidden_size=64,
@@ -42,6 +43,10 @@ SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so t
 
 def make_tiny(args: argparse.Namespace) -> None:
     """Write vision, teacher-lm, student and teacher into args.out."""
+    resume.check_writable(args.out)
+    for name in ("vision", *SIZES, "teacher"):
+        if (args.out / name).exists():
+            raise BadInput(f"{args.out / name} exists already; choose another --out")
     torch.manual_seed(args.seed)
     tokenizer = world.make_tokenizer()
     files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
@@ -69,7 +74,7 @@ def make_tiny(args: argparse.Namespace) -> None:
     shutil.move(train_stage("0b", args), args.out / "teacher")
 
 
-def spread(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """Weights of standard deviation 1 / sqrt(inputs), biases 0: learns faster than from 0.02."""
     for name, parameter in module.named_parameters():
         if parameter.dim() > 1:
@@ -82,7 +87,7 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
     """From the features the models read (hidden state -2): which of 12 objects or none, which column, which
     row.
     """
-    spread(vision)
+    init_weights(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
     none, side = len(kinds), world.GRID
     head = nn.Linear(VISION.hidden_size, none + 1 + 2 * side)
@@ -116,7 +121,7 @@ def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -
     """Next-token prediction on conversations without their pictures: the language of the world, none of its
     facts.
     """
-    spread(lm)
+    init_weights(lm)
     optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
     rng = random.Random(seed + 1)
     for step in tqdm(range(steps), desc=name, dynamic_ncols=True):

@@ -17,7 +17,7 @@ import train
 from checkpoint import BadInput, sentence
 from evals.pictures import attention_picture
 from tiny.world import make_world, tiny_cases
-from training import recipes
+from training import recipes, resume
 
 # Four students: the same stages, steps, batches and data order; only these flags differ.
 STUDENTS = {
@@ -31,7 +31,8 @@ STUDENTS = {
 def train_students(args: argparse.Namespace) -> None:
     """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
     if (args.out / "results.json").exists():
-        raise BadInput(f"{args.out} exists already and is complete; remove it, or choose another --out")
+        raise BadInput(f"{args.out} exists already and is complete; choose another --out")
+    resume.check_writable(args.out)
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -57,7 +58,7 @@ def train_students(args: argparse.Namespace) -> None:
             if any(process.exitcode for process in running):
                 for process in running:
                     process.terminate()
-                raise BadInput("a student stopped, see the sentence above; what others had finished is kept")
+                raise BadInput("a student stopped, as the sentence above says; the same command goes on")
             running = [process for process in running if process.exitcode is None]
 
     teacher = model.load(args.teacher)
@@ -68,9 +69,7 @@ def train_students(args: argparse.Namespace) -> None:
     (args.out / "results.md").write_text(text + "\n")
     (args.out / "results.json").write_text(json.dumps(rows, indent=1))
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    attention_picture(
-        models, tiny_cases(args.out / "world"), args.out / "attention.png"
-    )
+    attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
     minutes = (time.time() - started) / 60
     print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
 

@@ -188,7 +188,7 @@ def make_world(
     if (folder / "world.json").exists():
         return folder
     if folder.exists():
-        raise BadInput(f"{folder} exists and is not a tiny world; remove it or choose another --out")
+        raise BadInput(f"{folder} exists and is not a tiny world; choose another folder")
     with whole_folder(folder) as temporary:
         (temporary / "images").mkdir()
         (temporary / "test").mkdir()

@@ -37,7 +37,7 @@ class Log:
             dynamic_ncols=True,
         )
         self.began = self.since = time.time()
-        self.samples = self.tokens = self.places = 0
+        self.samples = self.tokens = self.padded_tokens = 0
 
     def __enter__(self) -> "Log":
         return self
@@ -45,11 +45,11 @@ class Log:
     def __exit__(self, *_) -> None:
         self.bar.close()  # before anything else is printed
 
-    def count(self, samples: int, tokens: int, places: int) -> None:
-        """One step more, of all ranks: tokens without, places with padding."""
+    def count(self, samples: int, tokens: int, padded_tokens: int) -> None:
+        """One step more, of all ranks: tokens without padding and with it."""
         self.samples += samples
         self.tokens += tokens
-        self.places += places
+        self.padded_tokens += padded_tokens
         self.bar.update()
 
     def row(self, step: int, losses: dict[str, float], lr: float, norm: float, bad: int) -> None:
@@ -63,13 +63,13 @@ class Log:
             "grad_norm": norm,
             "samples_per_s": round(self.samples / seconds, 2),
             "tokens_per_s": round(self.tokens / seconds, 1),
-            "padding": round(1 - self.tokens / max(self.places, 1), 4),
+            "padding": round(1 - self.tokens / max(self.padded_tokens, 1), 4),
             "memory_gb": round(peak_memory() / 1e9, 3),
             "bad": bad,
             "seconds": round(elapsed, 2),
             "eta": round(elapsed / (step - self.start) * (self.args.steps - step)),
         }
-        self.since, self.samples, self.tokens, self.places = now, 0, 0, 0
+        self.since, self.samples, self.tokens, self.padded_tokens = now, 0, 0, 0
         if self.rank:
             return
         with open(self.file, "a", encoding="utf-8") as file:
@@ -97,7 +97,7 @@ class Log:
         write_atomically(self.nan_file, json.dumps({"step": step, **values, "ids": ids}, indent=1))
         return (
             f"a loss or the gradient is not finite at step {step} ({values}); {self.nan_file} has the "
-            "samples of that step: look at them, or lower --lr"
+            "samples of that step: look at them, or start again with a lower --lr and another --name"
         )
 
 

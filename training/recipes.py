@@ -70,8 +70,8 @@ def for_stage(stage: str, args: argparse.Namespace, ranks: int) -> argparse.Name
     if args.global_batch not in (None, product):
         raise BadInput(
             f"stage {stage}: {ranks} ranks x --batch-size {args.batch_size} x --accumulation "
-            f"{args.accumulation} = {product}, not the global batch of {args.global_batch}; change one of "
-            f"them, or give --global-batch {product}"
+            f"{args.accumulation} = {product}, not the global batch of {args.global_batch}; "
+            f"if {product} is meant, give --global-batch {product}"
         )
     args.global_batch = product
     return args
@@ -82,15 +82,23 @@ def for_stage(stage: str, args: argparse.Namespace, ranks: int) -> argparse.Name
 NO_IDENTITY = {
     *("stage", "out", "name", "make_tiny", "quiet", "log_every", "save_every", "keep", "stop_after"),
     *("student", "teacher", "vision", "data", "images", "recipe", "epochs", "batch_size", "accumulation"),
-    *("workers", "parallel", "gradient_checkpointing", "compile", "max_bad_share"),
+    *("workers", "parallel", "gradient_checkpointing", "compile", "skip_bad_samples", "max_bad_share"),
 }
+
+
+def has_teacher(stage: str, args: argparse.Namespace) -> bool:
+    """Whether the stage loads one: to distil from, to fetch its adapter, or to see with its eyes."""
+    return stage in ("1", "2") and (args.taf or args.kl_weight > 0 or args.vat_loss != "none")
 
 
 def number(kind: type, least: float):
     """An argparse type: a finite number of this kind that is at least `least`."""
 
     def convert(text: str):
-        value = kind(text)
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
         if not least <= value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least} is asked for")
         return value
@@ -153,7 +161,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--epochs", type=whole, help="passes over the data")
     add("--steps", type=whole, help="optimizer steps instead of epochs; without --stage: of stage 2, the "
         "other stages in proportion")
-    add("--lr", type=positive, help="peak learning rate, after 3 %% warm-up, then cosine to 0")
+    add("--lr", type=positive, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (recipe "
+        "paper with --tune full: 2e-5)")
     add("--batch-size", type=whole, help="samples per device and micro-batch")
     add("--accumulation", type=whole, help="micro-batches per step (default: what the global batch asks for)")
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
@@ -181,11 +190,27 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         parser.error("--data and --images go together")
     if args.recipe == "paper" and args.data is None:
         parser.error("--recipe paper is for data of your own: --data and --images")
+    if args.data and args.stage == "0":
+        parser.error("--stage 0 is for the tiny world; with --data run --stage 0a and 0b, each on its own")
+    if args.steps and args.epochs:
+        parser.error("--steps and --epochs exclude each other")
+    if args.make_tiny and args.stage:
+        parser.error("--make-tiny and --stage exclude each other")
     if args.lora_dropout and args.lora_dropout >= 1:
         parser.error("--lora-dropout is a share below 1")
     for flag, value in {**DEFAULTS, **METHODS[args.method]}.items():
         if getattr(args, flag, None) is None:
             setattr(args, flag, value)
+    if args.vat_rows and args.vat_loss != "cosine":
+        parser.error(f"--vat-rows is about the cosine, not about --vat-loss {args.vat_loss}")
+    if args.vat_queries != "all" and args.vat_loss == "released":
+        parser.error("--vat-loss released has queries of its own, the visual tokens")
+    if args.recipe == "paper":  # else a tiny model would quietly take the place of a real one
+        asked = {"student": args.stage in ("0a", "1"), "teacher": has_teacher(args.stage, args)}
+        asked["vision"] = asked["student"] and not asked["teacher"]
+        for flag, needed in asked.items():
+            if needed and flag not in given:
+                parser.error(f"--recipe paper --stage {args.stage} --method {args.method}: give --{flag}")
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
     args.quiet = False
     return args

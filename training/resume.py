@@ -2,7 +2,7 @@
 
     out/name/stage2.run/run.json        which run this is: its arguments, models and data
                         step-00000500/  trained weights, AdamW's moments, state.json (step and counters)
-                        latest          the name of the newest save
+                        latest          the name of the newest save, which counts once it stands here
     out/name/stage2/                    the finished model, a checkpoint folder; the saves are then removed
 
 A save is written under a temporary name by all ranks, then renamed: it is there whole or not at all. Nothing
@@ -47,6 +47,8 @@ def barrier() -> None:
 
 def fingerprint(folder: Path) -> str:
     """Tells one checkpoint folder from another: its config, and size, beginning and end of its weights."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} has no config.json; give a checkpoint folder")
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in weight_files(folder):
         size = file.stat().st_size
@@ -58,25 +60,27 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_writable(folder: Path, needed: int = 0) -> None:
-    """A folder that can be made and written, on a disk with `needed` bytes free; else one sentence."""
+    """A folder that can be made and written, on a disk with `needed` bytes free; else one sentence. Saves
+    that lie there already count as free: new ones take their place.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.glob("step-*/*"))
     except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another --out") from None
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
     if free < needed:
         raise BadInput(
-            f"{folder} has {free / 1e9:.1f} GB free, and this run's saves and model need {needed / 1e9:.1f}; "
-            "free space, lower --keep or choose another --out"
+            f"{folder} has {free / 1e9:.2g} GB free, and this run's saves and model need {needed / 1e9:.2g}; "
+            "free space"
         )
 
 
 def lock(run: Path) -> IO:
     """One process at a time trains a run."""
     file = open(run / "lock", "w")
-    taken = f"{run} is being trained by another process; stop that one, or choose another --out or --name"
+    taken = f"{run} is being trained by another process; choose another --name"
     hold(file, fcntl.LOCK_EX, taken)
     return file
 
@@ -96,18 +100,18 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
     """Whose run folder is it? -> whether the run has finished. One of another run is refused."""
     file = run / "run.json"
     if not file.exists() and model_folder.exists():
-        raise BadInput(f"{model_folder} exists already; remove it, or choose another --out or --name")
+        raise BadInput(f"{model_folder} exists already; choose another --name")
     if file.exists():
         try:
             other = json.loads(file.read_text())
             different = [key for key in {**other, **identity} if other.get(key) != identity.get(key)]
         except (ValueError, TypeError, AttributeError):
-            raise BadInput(f"{file} is damaged; remove {run}, or choose another --out or --name") from None
+            raise BadInput(f"{file} is damaged; choose another --name") from None
         if different:
-            there, here = ({key: run.get(key) for key in different} for run in (other, identity))
+            there, here = ({key: which.get(key) for key in different} for which in (other, identity))
             raise BadInput(
                 f"{run} exists already and belongs to another run ({there} there, {here} here); "
-                "repeat its arguments to go on with it, remove it, or choose another --out or --name"
+                "repeat its arguments to go on with it, or choose another --name"
             )
     elif rank_and_ranks()[0] == 0:
         write_atomically(file, json.dumps(identity, indent=1))
@@ -151,7 +155,7 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
     """
     rank, ranks = rank_and_ranks()
     folder = run / f"step-{state['step']:08}"
-    if is_whole(folder):
+    if newest(run) == folder.name and is_whole(folder):
         return
     temporary = run / f".{folder.name}.writing"
     try:
@@ -179,6 +183,11 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
     barrier()
 
 
+def newest(run: Path) -> str:
+    """The name of the save that counts, "" where there is none."""
+    return (run / "latest").read_text().strip() if (run / "latest").exists() else ""
+
+
 def is_whole(folder: Path) -> bool:
     """Whether every file of a save is there in its full length."""
     try:
@@ -189,10 +198,11 @@ def is_whole(folder: Path) -> bool:
 
 
 def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | None:
-    """Fill module and optimizer from the newest whole save -> its state, or None where there is none."""
-    latest = (run / "latest").read_text().strip() if (run / "latest").exists() else ""
+    """Fill module and optimizer from the save that `latest` names, or where that one is damaged from the
+    newest whole one -> its state, or None where there is none.
+    """
     names = sorted((folder.name for folder in run.glob("step-*")), reverse=True)
-    for name in sorted(names, key=lambda name: name != latest):  # what `latest` names, then the newest
+    for name in sorted(names, key=lambda name: name != newest(run)):
         if is_whole(run / name):
             break
         if rank_and_ranks()[0] == 0:
