@@ -18,7 +18,7 @@ from tqdm import tqdm
 import model
 from checkpoint import BadInput, find
 from evals import benchmarks
-from evals.readers import identity, load_lines
+from evals.readers import answer_lines
 from evals.scorers import (
     Ask,
     by_picture,
@@ -90,17 +90,6 @@ def answer(
         yield from zip(some, parts)
 
 
-def read_answers(file: Path) -> list[dict]:
-    """The lines of an answers file; a last line that a killed run has cut is dropped."""
-    if not file.is_file():
-        raise BadInput(f"{file}: no such file of answers; give JSON lines with question_id, prompt and text")
-    rows = []
-    for where, row in load_lines(file, "; remove that line", may_be_cut=True):
-        identity(row, "question_id", where)
-        rows.append(row)
-    return rows
-
-
 def parts_of(file: Path) -> list[Path]:
     """What the ranks of a run have written: rank 0 into the file itself."""
     others = file.parent.glob(glob.escape(file.name) + ".rank*")
@@ -118,7 +107,7 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Asked]) -> dict[s
     for part in parts_of(file):
         with open(part, "rb") as handle:
             lock(handle, fcntl.LOCK_SH)  # nobody writes to it
-        for row in read_answers(part):
+        for _, row in answer_lines(part):
             if different := [name for name, value in run.items() if row.get(name) != value]:
                 there, here = ({name: which.get(name) for name in different} for which in (row, run))
                 raise BadInput(
@@ -242,7 +231,7 @@ def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[di
     file = args.answers or Path(f"out/bench/{args.name}.{kind}.jsonl")
     out = summary_file(args, file)
     answer_file(args, file, asked, known)
-    rows = [row for row in read_answers(file) if row["question_id"] in asked]
+    rows = [row for _, row in answer_lines(file) if row["question_id"] in asked]
     summary = summarise(args.name, units, rows, args.scorer, args.as_released)
     summary.notes.extend(benchmarks.prompt_notes(args.name, [row["prompt"] for row in rows]))
     return summary, rows, file, out
@@ -251,7 +240,7 @@ def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[di
 def only_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict], Path, Path]:
     """The same for --score-only: any file of answers, ours or LLaVA's, and no model."""
     file = args.score_only
-    rows = read_answers(file)
+    rows = [row for _, row in answer_lines(file)]
     if others := {str(row["benchmark"]) for row in rows if "benchmark" in row} - {args.name}:
         raise BadInput(f"{file} answers {', '.join(sorted(others))}, not {args.name}; score it as that")
     args.scorer = args.scorer or next((row["scorer"] for row in rows if "scorer" in row), None)

@@ -37,12 +37,12 @@ from evals.readers import (
     OCR,
     Item,
     Pair,
+    answer_lines,
     bivlc,
     choices,
     first_line,
     gqa,
     identity,
-    load_lines,
     mme,
     picture,
     rbench,
@@ -113,7 +113,7 @@ def read_pairs(
 ) -> list[Pair]:
     """Pictures with captions, of the benchmarks that are about captions; the rest as in read."""
     if not benchmark(name).pairs:
-        raise BadInput(f"{name} has no captions to compare; leave --scorer out")
+        raise BadInput(f"{name} has no captions to compare; choose another --scorer")
     pairs = _read(name, annotations, images)
     if as_released:
         return pairs
@@ -143,7 +143,7 @@ def _read(name: str, annotations: str | Path, images: str | Path | None) -> list
             raise BadInput(f"{annotations}: record {key!r} is there twice")
     except BadInput as error:
         files = BENCHMARKS[name].files
-        remedy = "" if ";" in str(error) else f"; fetch it again: {name} is read from {files}"
+        remedy = "" if ";" in str(error) else f"; mend or fetch it again: {name} is read from {files}"
         raise BadInput(f"{error}{remedy}") from None
     wanted = {entry.image for entry in found if entry.image}
     if missing := sorted(path for path in wanted if not path.is_file()):
@@ -234,8 +234,8 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
         place = item.group, first_line(item.question)
         by_prompt[place] = None if place in by_prompt else item
     comparable = (lambda text: tidy(text).lower()) if whole_prompt else first_line
-    answers, prompts, unknown = {}, {}, 0
-    for where, record in load_lines(file, "; remove that line", may_be_cut=True):
+    answers, unknown = {}, 0
+    for where, record in answer_lines(file):
         if (theirs := record.get("benchmark", name)) != name:
             raise BadInput(f"{where} answers {theirs}, not {name}; score the file with its own benchmark")
         key, text, prompt = identity(record, "question_id", where), record.get("text"), record.get("prompt")
@@ -257,11 +257,10 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
             )
         if item.key in answers and not item.answer.replaced:
             raise BadInput(f"{where} answers {item.key!r} once more; remove one of the two lines")
-        answers[item.key], prompts[item.key] = text, prompt
+        answers[item.key] = text
     if not answers:
         raise BadInput(f"{file}: no line answers a question of {name}; give the file of its answers")
-    notes = [f"{unknown} lines answer no question of these annotations"] if unknown else []
-    return answers, notes + prompt_notes(name, list(prompts.values()))
+    return answers, [f"{unknown} lines answer no question of these annotations"] if unknown else []
 
 
 def prompt_notes(name: str, prompts: list[str | None]) -> list[str]:
@@ -279,7 +278,8 @@ def score_file(
     items = read(name, annotations, as_released=as_released)
     answers, notes = match_answers(name, items, answers_file)
     summary = score(name, items, answers, as_released)
-    return summary._replace(notes=summary.notes + notes)
+    prompts = [row.get("prompt") for _, row in answer_lines(Path(answers_file))]
+    return summary._replace(notes=summary.notes + notes + prompt_notes(name, prompts))
 
 
 # ---------------------------------------------------------------- the eleven

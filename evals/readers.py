@@ -101,6 +101,15 @@ def load_lines(file: Path, remedy: str = "", may_be_cut: bool = False) -> Iterat
         raise BadInput(f"{file} cannot be read ({error.strerror})") from None
 
 
+def answer_lines(file: Path) -> Iterator[tuple[str, dict]]:
+    """The lines of an answers file; a last one that a killed run has cut is dropped."""
+    if not file.is_file():
+        raise BadInput(f"{file}: no such file of answers; give JSON lines with question_id, prompt and text")
+    for where, row in load_lines(file, "; remove that line", may_be_cut=True):
+        identity(row, "question_id", where)
+        yield where, row
+
+
 def field(record: Any, name: str, kind: type, where: str) -> Any:
     """record[name], which must be a `kind` and, if a text, not blank."""
     value = record.get(name) if isinstance(record, dict) else None

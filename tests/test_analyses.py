@@ -404,6 +404,15 @@ def test_interval_of_a_mean_is_the_textbooks():
     assert (mean - low, high - mean) == (pytest.approx(reach, rel=0.12), pytest.approx(reach, rel=0.12))
 
 
+@pytest.mark.parametrize("pictures", [[0], [0, 0, 0], [0, 0, 1], [2, 1, 0]])
+def test_an_interval_of_few_holds_its_mean(pictures):
+    """In float32, too, and where resamples draw none of the items in question."""
+    drawn = analyses.resamples(some_questions([0, 1, 2, 3, 4, *pictures]))[:, -len(pictures) :]
+    values = np.array([0.7297, 0.1, 0.3], dtype=np.float32)[: len(pictures)] + np.float32(0.1)
+    mean, low, high = analyses.estimate(values, drawn)
+    assert values.min() - 1e-6 <= low <= mean <= high <= values.max() + 1e-6
+
+
 def test_two_questions_about_one_picture_are_no_two_observations():
     values = np.random.default_rng(0).normal(3, 2, 100)
     single = analyses.estimate(values, analyses.resamples(some_questions(range(100))))

@@ -361,6 +361,18 @@ def test_an_option_that_the_model_would_not_have_said(teacher, pairs):
     assert said[2]["text"] == asked[2].options[0]
 
 
+@pytest.mark.parametrize("flags", [(), ("--scorer", "yes"), ("--scorer", "generate")])
+def test_numbers_that_are_not_finite_are_no_answers(teacher, world, tmp_path, flags):
+    """The argmax of NaN is an option like any other: such a model would score at chance."""
+    broken = copy.deepcopy(teacher)
+    with torch.no_grad():
+        broken.lm.model.norm.weight.fill_(float("nan"))
+    broken.save(tmp_path / "nan")
+    with pytest.raises(SystemExit, match="error: the model gives numbers that are not finite"):
+        bench(world, tmp_path / "a.jsonl", *flags, "--limit", 3, "--model", tmp_path / "nan")
+    assert (tmp_path / "a.jsonl").read_text() == ""
+
+
 def test_pictures_stay_together_in_batches():
     a, b, c = Path("a"), Path("b"), Path("c")
     assert scorers.by_picture([a, b, a, c, b, a], 2) == [[0, 2], [5, 1], [4, 3]]
@@ -417,6 +429,7 @@ def test_answers_are_scored_without_a_model(world, tmp_path, capsys):
     refused = {  # sentence -> file, flags
         "error: .*l.jsonl": (tmp_path / "l.jsonl", "--scorer", "choice"),
         "error: .*l.jsonl holds answers of another run": (tmp_path / "l.jsonl", "--scorer", "yes"),
+        "error: .*a.jsonl has no scores of captions": (tmp_path / "a.jsonl", "--scorer", "yes"),
         "error: .*a.jsonl holds the answers": (tmp_path / "a.jsonl", "--out", tmp_path / "a.jsonl"),
         "error: .*nowhere.jsonl": (tmp_path / "nowhere.jsonl",),
     }
@@ -427,7 +440,7 @@ def test_answers_are_scored_without_a_model(world, tmp_path, capsys):
     assert (tmp_path / "a.jsonl").read_bytes() == before
     foreign = (tmp_path / "l.jsonl").read_text().replace('"sugarcrepe"', '"bivlc"')
     (tmp_path / "l.jsonl").write_text(foreign)
-    with pytest.raises(SystemExit, match="error: .*another run.*bivlc.*sugarcrepe"):
+    with pytest.raises(SystemExit, match="error: .*l.jsonl answers bivlc, not sugarcrepe"):
         evaluation.main(["bench", "sugarcrepe", *alone, str(tmp_path / "l.jsonl")])
 
 
@@ -452,14 +465,14 @@ def test_foreign_answers_are_refused_and_kept(world, asked, tmp_path):
     refused("a.jsonl answers another question", annotations=other)
     lines = before.splitlines(keepends=True)
     out.write_bytes(before := b"".join([lines[0], lines[1][:20] + b"\n", *lines[2:]]))
-    refused("a.jsonl, line 2: ")
+    refused("a.jsonl, line 2 is damaged")
     out.write_bytes(before := b'{"question_id": "swap_obj/0/A", "text": "A"}\n')
     refused("another run")
     out.write_bytes(before := lines[0].replace(b'"text"', b'"word"'))
     refused("the answer to 'swap_obj/.*/A' has no text")
     for line in (b"[1]", b'{"question_id": []}', b"[" * 100_000, b"\xff"):
         out.write_bytes(before := line + b"\n" + lines[0])
-        refused("a.jsonl, line 1: ")
+        refused("a.jsonl, line 1[: ]")
 
 
 def test_bad_pictures_stop_it_with_their_name(world, tmp_path):
