@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -338,7 +339,7 @@ def optimizer_step(
     micro_batches: list[dict],
     totals: Tensor,
     ranks: int,
-    asked: list,
+    asked: Sequence = (),
 ) -> tuple[dict[str, float], float] | None:
     """One step over all micro-batches of all ranks -> this rank's share of each loss, and the gradient norm;
     None, and nothing is changed, where a rank is asked to stop between two micro-batches (`asked`).

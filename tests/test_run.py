@@ -169,19 +169,22 @@ def test_how_the_work_is_cut_may_change_between_runs(world, tmp_path):
     close_run(tmp_path / "a", tmp_path / "b")
 
 
-def test_stopped_between_two_micro_batches(world, tmp_path):
+@pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_between_two_micro_batches(world, tmp_path, ranks):
     """A long step is not waited for: nothing of it is kept, and it is run again, to the same bits."""
     flags = ["--steps", 2, "--batch-size", 1, "--accumulation", 300]
-    process = start(command(world, tmp_path / "parts", *flags))
+    flags += ["--parallel", "fsdp"] if ranks else []
+    process = start(command(world, tmp_path / "parts", *flags), ranks)
     for line in process.stdout:
         if line.startswith("steps: "):
             break
     time.sleep(2)
-    process.send_signal(signal.SIGTERM)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]) if ranks else process.pid, signal.SIGTERM)
     text, _ = process.communicate(timeout=30)
     assert process.returncode == 0 and "stopped after step 0" in text, text
     for out in ("parts", "whole"):
-        train.main(command(world, tmp_path / out, *flags))
+        run(command(world, tmp_path / out, *flags), ranks)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
