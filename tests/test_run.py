@@ -93,7 +93,8 @@ def same_run(one, other):
     assert [[row[key] for key in LOSSES] for row in rows(one)] == [
         [row[key] for key in LOSSES] for row in rows(other)
     ]
-    assert rows(one, "stage2.bad.jsonl") == rows(other, "stage2.bad.jsonl")
+    ours, theirs = (rows(out, "stage2.bad.jsonl") for out in (one, other))
+    assert sorted(map(str, ours)) == sorted(map(str, theirs)), "ranks write in any order"
 
 
 HARD = "--steps 40 --batch-size 2 --accumulation 2 --tune lora --lora-rank 4 --lora-dropout 0.1".split()
@@ -172,13 +173,13 @@ def test_how_the_work_is_cut_may_change_between_runs(world, tmp_path):
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_between_two_micro_batches(world, tmp_path, ranks):
     """A long step is not waited for: nothing of it is kept, and it is run again, to the same bits."""
-    flags = ["--steps", 1, "--batch-size", 1, "--accumulation", 60 if ranks else 300]
+    flags = ["--steps", 1, "--batch-size", 1, "--accumulation", 60 if ranks else 150]
     flags += ["--parallel", "fsdp"] if ranks else []
     process = start(command(world, tmp_path / "parts", *flags), ranks)
     for line in process.stdout:
         if line.startswith("steps: "):
             break
-    time.sleep(2)
+    time.sleep(1)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)]).split() if ranks else [process.pid]
     os.kill(int(children[-1]), signal.SIGTERM)
     text, _ = process.communicate(timeout=30)
