@@ -173,13 +173,13 @@ def test_how_the_work_is_cut_may_change_between_runs(world, tmp_path):
 @pytest.mark.parametrize("ranks", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_stopped_between_two_micro_batches(world, tmp_path, ranks):
     """A long step is not waited for: nothing of it is kept, and it is run again, to the same bits."""
-    flags = ["--steps", 1, "--batch-size", 1, "--accumulation", 60 if ranks else 150]
+    flags = ["--steps", 1, "--batch-size", 1, "--accumulation", 24 if ranks else 150]
     flags += ["--parallel", "fsdp"] if ranks else []
     process = start(command(world, tmp_path / "parts", *flags), ranks)
     for line in process.stdout:
         if line.startswith("steps: "):
             break
-    time.sleep(1)
+    time.sleep(0.5)
     children = subprocess.check_output(["pgrep", "-P", str(process.pid)]).split() if ranks else [process.pid]
     os.kill(int(children[-1]), signal.SIGTERM)
     text, _ = process.communicate(timeout=30)
@@ -600,8 +600,8 @@ def test_kill_9_at_random_moments(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, gpus", [("paper_4b_to_1.8b.sh", 2), ("one_24gb_gpu_0.5b.sh", 1)])
 def test_the_scripts_in_runs(world, tmp_path, script, gpus):
-    """All three stages and the export, with tiny checkpoints and data. Asked to stop, a script stops; then it
-    goes on; run again, it has nothing to do.
+    """All three stages and the export, with tiny checkpoints and data. Asked to stop, the short one stops;
+    then it goes on; run again, it has nothing to do.
     """
     places = {
         "TEACHER": train.TINY / "teacher", "STUDENT": train.TINY / "student", "IMAGES": world / "images",
@@ -609,7 +609,7 @@ def test_the_scripts_in_runs(world, tmp_path, script, gpus):
         "GPUS": gpus, "PYTHON": sys.executable,
     }  # fmt: skip
     small = "--steps 2 --global-batch 8 --batch-size 2 --workers 0 --skip-bad-samples --max-bad-share 1"
-    for more in ("--stop-after 1", "", ""):
+    for more in ("--stop-after 1", "", "") if gpus == 1 else ("",):
         done = subprocess.run(
             ["bash", ROOT / "runs" / script, *small.split(), *more.split()],
             env={**ENVIRONMENT, **{name: str(value) for name, value in places.items()}},
@@ -617,7 +617,7 @@ def test_the_scripts_in_runs(world, tmp_path, script, gpus):
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         assert ("stopped after step 1" in done.stdout) == bool(more) and "error" not in done.stderr
-    assert done.stdout.count("finished already") == 3
+    assert done.stdout.count("finished already") == (3 if gpus == 1 else 0)
     assert json.loads((tmp_path / "out/released/config.json").read_text())["model_type"] == "compodistill"
     student = model.load(tmp_path / "out/released")
     assert isinstance(student.answer(world / "images/tune-1.png", "What colour is the circle?"), str)

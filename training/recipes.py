@@ -127,7 +127,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--stop-after", type=whole, help="stop at this step as SIGTERM would: save, to go on later")
 
     add = parser.add_argument_group("models: folders or hub names").add_argument
-    add("--teacher", default=str(TINY / "teacher"), help="multimodal checkpoint (default: %(default)s)")
+    add("--teacher", help="multimodal checkpoint (default: tiny/teacher)")
     add("--student", help="what the stage starts from (default: the previous stage's output; in stage 1 "
         "the plain language model tiny/student, in stage 0 tiny/teacher-lm)")
     add("--vision", help="SigLIP of a model trained without a teacher: stage 0 and --method sft "
@@ -211,6 +211,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         for flag, needed in asked.items():
             if needed and flag not in given:
                 parser.error(f"--recipe paper --stage {args.stage} --method {args.method}: give --{flag}")
+    args.teacher = args.teacher or str(TINY / "teacher")
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
     args.quiet = False
     return args
