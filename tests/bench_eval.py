@@ -32,6 +32,7 @@ import bench as step_bench  # noqa: E402
 import data  # noqa: E402
 import model  # noqa: E402
 from evals import answers, benchmarks, scorers  # noqa: E402
+from evals.readers import YES_NO  # noqa: E402
 from tiny.world import make_world  # noqa: E402
 
 
@@ -51,7 +52,7 @@ def questions(world: Path, kind: str, number: int) -> list[answers.Asked]:
         units = [item for pair in pairs for item in benchmarks.choices(pair)]
         return list(answers.questions_of(units, "choice").values())
     return [
-        answers.Asked({"prompt": f"True? {caption}"}, pair.image, benchmarks.YES_NO)
+        answers.Asked({"prompt": f"True? {caption}"}, pair.image, YES_NO)
         for pair in pairs
         for caption in pair.captions
     ]

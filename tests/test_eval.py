@@ -587,3 +587,15 @@ def test_killed_runs_go_on_with_one_rank(world, tmp_path, ranks):
 
 def answered(out):
     return sum(file.read_bytes().count(b"\n") for file in out.parent.glob(out.name + "*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv, says",
+    [("bench_eval.py --rounds 1 --items 4", "choice agrees in 4 of them"),
+     ("bench.py floor --shape real --batch 1", "TFLOP")],
+)  # fmt: skip
+def test_the_benchmarks_of_speed_run(argv, says):
+    argv = [sys.executable, ROOT / "tests" / argv.split()[0], *argv.split()[1:]]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and says in done.stdout, done.stderr
