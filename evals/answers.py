@@ -40,7 +40,7 @@ SHOWS = 'Does this figure show "{}"? Please answer yes or no.'  # VQAScore's que
 DESCRIBE_IMAGE = "Describe the image concisely."  # LLaVA's, of its caption data
 
 
-class Asked(NamedTuple):
+class Line(NamedTuple):
     """One line of an answers file: what is known of it before the answer."""
 
     line: dict  # question_id, prompt and, of a caption's score, caption
@@ -48,8 +48,8 @@ class Asked(NamedTuple):
     options: tuple[str, ...]
 
 
-def questions_of(units: list, scorer: str) -> dict[str, Asked]:
-    """Items -> {question_id: Asked}; for a pair scorer pairs, whose i-th caption is question "key/i"."""
+def questions_of(units: list, scorer: str) -> dict[str, Line]:
+    """Items -> {question_id: Line}; for a pair scorer pairs, whose i-th caption is question "key/i"."""
     if scorer not in PAIR_SCORERS:
         lines = [({"question_id": item.key, "prompt": item.question}, item) for item in units]
     else:
@@ -59,17 +59,17 @@ def questions_of(units: list, scorer: str) -> dict[str, Asked]:
             for pair in units
             for i, caption in enumerate(pair.captions)
         ]
-    return {line["question_id"]: Asked(line, u.image, getattr(u, "options", ())) for line, u in lines}
+    return {line["question_id"]: Line(line, u.image, getattr(u, "options", ())) for line, u in lines}
 
 
 def answer(
-    vlm: model.VLM, questions: list[Asked], scorer: str, max_new_tokens: int, chunks, workers: int
-) -> Iterator[tuple[Asked, dict]]:
+    vlm: model.VLM, questions: list[Line], scorer: str, max_new_tokens: int, chunks, workers: int
+) -> Iterator[tuple[Line, dict]]:
     """Questions in batches -> each with its part of the line: "text", or a caption's "score"."""
     names = {question.options for question in questions} if scorer == "choice" else {("yes", "no")}
     options = {some: option_tokens(vlm, some) for some in names} if scorer in ("choice", "yes") else {}
 
-    def ask(question: Asked) -> Ask:
+    def ask(question: Line) -> Ask:
         if scorer.startswith("likelihood"):
             return described(vlm, question.picture, DESCRIBE_IMAGE, question.line["caption"])
         some = options.get(question.options if scorer == "choice" else ("yes", "no"))
@@ -101,7 +101,7 @@ def lock(handle: IO, how: int) -> None:
     resume.hold(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
-def answers_so_far(file: Path, run: dict, questions: dict[str, Asked]) -> dict[str, dict]:
+def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[str, dict]:
     """{question_id: line} of the file and of other ranks' parts; those of another run are refused."""
     answers = {}
     for part in parts_of(file):
@@ -146,7 +146,7 @@ def write_answers(file: Path, answers: dict[str, dict], order: Iterable[str]) ->
 
 
 def answer_file(
-    args: argparse.Namespace, file: Path, chosen: dict[str, Asked], everything: dict[str, Asked]
+    args: argparse.Namespace, file: Path, chosen: dict[str, Line], everything: dict[str, Line]
 ) -> None:
     """Answer all that is not answered yet, a flushed line each; ranks share the batches."""
     rank, ranks = resume.rank_and_ranks()

@@ -45,25 +45,25 @@ def random_model(shape: str) -> model.VLM:
     return vlm.eval()
 
 
-def questions(world: Path, kind: str, number: int) -> list[answers.Asked]:
+def questions(world: Path, kind: str, number: int) -> list[answers.Line]:
     pairs = benchmarks.read_pairs("sugarcrepe", world / "test", world / "images")
     pairs = answers.spread_out(pairs, number // 2)
     if kind == "captions":
         units = [item for pair in pairs for item in benchmarks.choices(pair)]
         return list(answers.questions_of(units, "choice").values())
     return [
-        answers.Asked({"prompt": f"True? {caption}"}, pair.image, YES_NO)
+        answers.Line({"prompt": f"True? {caption}"}, pair.image, YES_NO)
         for pair in pairs
         for caption in pair.captions
     ]
 
 
-def one_at_a_time(vlm: model.VLM, questions: list[answers.Asked], most: int = 32) -> list[str]:
+def one_at_a_time(vlm: model.VLM, questions: list[answers.Line], most: int = 32) -> list[str]:
     return [vlm.answer(question.picture, question.line["prompt"], most) for question in questions]
 
 
 @torch.no_grad()
-def plain_choice(vlm: model.VLM, questions: list[answers.Asked]) -> list[str]:
+def plain_choice(vlm: model.VLM, questions: list[answers.Line]) -> list[str]:
     replies = []
     for question in questions:
         options = scorers.option_tokens(vlm, question.options)

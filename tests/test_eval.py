@@ -350,9 +350,9 @@ def test_an_option_that_the_model_would_not_have_said(teacher, pairs):
     ids = torch.tensor([sample["input_ids"] + [token(teacher, " the")]])
     follows = teacher(ids, sample["pixel_values"][None]).logits[0, -1].argmax().item()
     asked = [
-        answers.Asked({"prompt": "What colour is the circle?"}, picture, ("yes", "no")),
-        answers.Asked({"prompt": f"True? {true}"}, picture, ("yes", "no")),
-        answers.Asked(
+        answers.Line({"prompt": "What colour is the circle?"}, picture, ("yes", "no")),
+        answers.Line({"prompt": f"True? {true}"}, picture, ("yes", "no")),
+        answers.Line(
             {"prompt": f"True? {true}"}, picture, ("the" + teacher.tokenizer.decode([follows]), "the the")
         ),
     ]
