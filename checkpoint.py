@@ -167,7 +167,7 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
     """
     folder = Path(folder).absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} exists already and is not empty; choose a new name or remove it first")
+        raise BadInput(f"{folder} exists already and is not empty; choose another --out")
     temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)

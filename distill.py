@@ -8,11 +8,11 @@
     L_LM  next-token cross-entropy on answers     lm_loss
     L = L_LM + L_KL + L_ADL, all weights 1
 
-These are the definitions, on whole matrices. Training runs the same without whole matrices: kl_loss and
-lm_loss in answer_losses, group_mean in qwen.Look; tests equate them. Losses are sums, beside their count: add
-both over micro-batches and ranks and divide once, because a mean of means is a different gradient when the
-number of answer tokens varies. Losses are computed in float32, and the teacher's side is detached. Shapes: B
-batch, T tokens, P visual tokens, k matched layers, m teacher layers, C width, V vocabulary.
+kl_loss, lm_loss and group_mean are definitions, on whole matrices, to be read; training computes the same
+without whole matrices, in answer_losses and qwen.Look, and tests equate them. Losses are sums, beside their
+count: add both over micro-batches and ranks and divide once, because a mean of means is a different gradient
+when the number of answer tokens varies. Losses are computed in float32, and the teacher's side is detached.
+Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C width, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -148,6 +148,8 @@ def span(query_mask: Tensor) -> slice:
 
 # ---------------------------------------------------------------- VAT: the loss
 
+EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
+
 
 def visual_attention_loss(
     student_maps: Sequence[Tensor] | Tensor,
@@ -162,7 +164,7 @@ def visual_attention_loss(
     already matched. query_mask (B,T): the rows that take part. A row without visual mass (before the image,
     or in a sample without one) never does.
 
-    cosine           1 - cos of the flattened (T*P) matrices; counts samples                     (the method)
+    cosine           1 - cos of the flattened (T*P) matrices, mean over k; counts samples        (the method)
     cosine, rowwise  1 - cos of each row of P; counts rows, in every layer                       (ours)
     mse              (student - teacher)^2; counts entries                                       (ablation)
     kl               KL(teacher || student) of each row, made a distribution; counts rows        (ablation)
@@ -170,6 +172,7 @@ def visual_attention_loss(
     k, P = len(student_maps), student_maps[0].shape[-1]
     mass = sum(t.detach().sum(-1) for t in teacher_maps)  # (B,T)
     rows = query_mask & (mass > 0)
+    count = attention_count(rows, k, P, kind, rowwise)
     total = torch.zeros((), device=rows.device)
     for s, t in zip(student_maps, teacher_maps):  # one layer's (B,T,P) at a time
         # filled, not multiplied: what padding holds stays out, NaN too
@@ -184,7 +187,7 @@ def visual_attention_loss(
             s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
             loss = t * ((t + EPS).log() - (s + EPS).log())
         total = total + loss.sum()
-    return total, attention_count(rows, k, P, kind, rowwise)
+    return total, count
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -200,9 +203,6 @@ def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, 
     if kind == "cosine" and not rowwise:
         return rows.any(1).sum()  # samples
     return rows.sum() * num_layers * (num_columns if kind == "mse" else 1)
-
-
-EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
 
 
 def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,5 +333,5 @@ class _AnswerLosses(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
-        dx, dw = ctx.saved_tensors
+        dx, dw = ctx.saved_tensors  # changed in place: their only use, and there is one backward pass
         return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None

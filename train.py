@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader
 import data
 import distill
 import model
-from checkpoint import BadInput, find, sentence
+from checkpoint import BadInput, find, read_json, sentence
 from qwen import Look, Qwen
 from siglip import Siglip
 from tiny.world import make_world
@@ -166,6 +166,8 @@ def load_models(stage: str, args: argparse.Namespace, device: str) -> tuple[mode
     if args.vision and (teacher is not None or stage not in ("0a", "1")):
         raise BadInput("--vision is only for stages 0a and 1 without a teacher")
     if stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
+        if "vision_config" in read_json(start / "config.json"):
+            raise BadInput(f"{start} is multimodal; stage {stage} starts from a plain language model")
         vision = teacher.vision if teacher else Siglip.load(args.vision or TINY / "vision", device=device)
         lm, tokenizer = Qwen.load(start, device=device), data.load_tokenizer(start)
         student = model.VLM.assemble(vision, lm, tokenizer, teacher, taf=args.taf and teacher is not None)
@@ -579,12 +581,14 @@ def main(argv: list[str] | None = None) -> None:
             make_tiny(args)
         elif args.stage:
             run_stages(args)
+        elif "RANK" in os.environ:
+            raise BadInput("without --stage it is no work for torchrun; start it with python")
         else:
             from tiny.students import train_students
 
             train_students(args)
     except KeyboardInterrupt:
-        sys.exit("stopped")
+        sys.exit("stopped; the same command goes on")
     except (ValueError, OSError) as error:  # BadInput, what distill.py says of layers, a full disk
         sys.exit(f"error: {sentence(error)}")
 

@@ -578,7 +578,7 @@ def find_students(args: argparse.Namespace) -> tuple[dict[str, Path], str]:
 def add_arguments(commands) -> None:
     """The subcommands `analyse` and `story` of eval.py, added to its argparse subparsers."""
     single = commands.add_parser("analyse", help="the paper's analyses of attention: figures and numbers")
-    single.add_argument("which", nargs="+", choices=ANALYSES, metavar="ANALYSIS", help=", ".join(ANALYSES))
+    single.add_argument("which", nargs="+", choices=ANALYSES, metavar="ANALYSIS", help=" | ".join(ANALYSES))
     for name, text in {"sugarcrepe": "caption pairs", "gqa": "recognition questions"}.items():
         single.add_argument(
             f"--{name}", nargs=2, type=Path, metavar=("ANNOTATIONS", "IMAGES"),
@@ -587,9 +587,9 @@ def add_arguments(commands) -> None:
     single.add_argument("--image", type=Path, help="of `picture`, with --question (default: test items)")
     single.add_argument("--question", help="of `picture`")
     whole = commands.add_parser("story", help="all analyses and scores, and one report of what holds here")
-    for parser, out in ((single, "out/analysis"), (whole, "out/story")):
+    for parser, out in ((single, "out/ANALYSIS"), (whole, "out/story")):
         add = parser.add_argument
-        add("--out", type=Path, default=Path(out), help="new folder for all of it (default: %(default)s)")
+        add("--out", type=Path, help=f"new folder for figures and numbers (default: {out})")
         add("--runs", type=Path, default=Path("out"), help="of `python train.py` (default: %(default)s)")
         add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
         add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
@@ -604,6 +604,7 @@ def run(args: argparse.Namespace) -> None:
     if (args.image is None) != (args.question is None):
         raise BadInput(f"--image {args.image} and --question {args.question!r}: give both or none")
     students, missing = find_students(args)
+    args.out = args.out or Path("out") / "-".join(args.which)
     with output_folder(args.out) as folder:
         questions, cases = {}, [(args.image, args.question)]
         if args.sugarcrepe or args.gqa:

@@ -8,6 +8,7 @@ import argparse
 import fcntl
 import glob
 import json
+import re
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -228,7 +229,8 @@ def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[di
     units = spread_out(everything, args.limit)
     asked, known = (questions_of(some, args.scorer) for some in (units, everything))
     kind = args.scorer.removesuffix("-per-token")  # which only divides: one file serves both
-    file = args.answers or Path(f"out/bench/{args.name}.{kind}.jsonl")
+    model_name = re.sub(r"\W+", "-", args.model).strip("-")
+    file = args.answers or Path(f"out/bench/{args.name}.{model_name}.{kind}.jsonl")
     out = summary_file(args, file)
     answer_file(args, file, asked, known)
     rows = [row for _, row in answer_lines(file) if row["question_id"] in asked]
@@ -280,7 +282,7 @@ def add_arguments(commands) -> None:
     add("--images", type=Path, help="folder of the pictures")
     add("--model", help="checkpoint folder or hub name")
     add("--scorer", choices=BENCH_SCORERS, help="(default: choice; generate where answers are free)")
-    add("--answers", type=Path, metavar="JSONL", help="(default: out/bench/NAME.SCORER.jsonl)")
+    add("--answers", type=Path, metavar="JSONL", help="(default: out/bench/NAME.MODEL.SCORER.jsonl)")
     add("--score-only", type=Path, metavar="JSONL", help="score these answers, ours or LLaVA's; no model")
     add("--out", type=Path, metavar="JSON", help="the summary (default: beside the answers, .scores.json)")
     add("--limit", type=whole, metavar="N", help="about N pairs or questions, evenly spread (default: all)")

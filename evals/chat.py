@@ -1,6 +1,6 @@
 """Talk to a model about a picture, in a terminal.
 
-    python eval.py chat --model tiny/compodistill --image out/world/images/test-0.png
+    python eval.py chat --model tiny/compodistill --image out/world/images/test-3.png
     python eval.py chat --model tiny/teacher --image FILE --question "What colour is the circle?"
 
 A conversation keeps its ids and, in a cache, the keys and values of what the model has read: every token, and
@@ -148,8 +148,9 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
             elif command == "/image":
                 if not rest:
                     raise BadInput("/image needs the name of a file")
-                chat = Conversation(vlm, Path(rest.strip()).expanduser())
-                print(f"{rest.strip()}. A new conversation.")
+                rest = rest.strip().strip("'\"")  # terminals paste paths in quotes
+                chat = Conversation(vlm, Path(rest).expanduser())
+                print(f"{rest}. A new conversation.")
             elif command == "/new":
                 chat = Conversation(vlm, chat.picture)
                 print("A new conversation" + (", about the same picture." if chat.picture else "."))

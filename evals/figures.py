@@ -40,7 +40,8 @@ def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, ro
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels())))
         axes.grid(alpha=0.3)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 6))
+    columns = 3 if sum(map(len, handles)) > 80 else 6
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
     figure.savefig(file, dpi=130)
     return True
 

@@ -88,6 +88,6 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
             page.paste(image, (x, y + HEAD))
     try:
         page.save(file)
-    except OSError as error:
-        reason = error.strerror or error
-        raise BadInput(f"{file} could not be written ({reason}); choose another folder") from None
+    except (OSError, ValueError) as error:  # ValueError: no ending that names a format
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{file} could not be written ({reason}); give the name of a new .png") from None

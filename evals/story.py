@@ -9,6 +9,7 @@ Shapes: n questions or pairs, L layers.
 """
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -97,11 +98,12 @@ def goes_with_accuracy(study: Study) -> list[Claim]:
 
 def forcing_helps(study: Study) -> list[Claim]:
     """Link 3: the teacher's visual attention, mixed in at inference, helps the students without alignment."""
-    rows = [row for row in study.rows["intervention"] if (row["attention"], row["kind"]) == ("mean", "all")]
+    rows = [row for row in study.rows["intervention"] if row["kind"] == "all"]
+    rows = {(row["model"], row["attention"]): row for row in rows}
     return [
-        Claim(f"{row['model']}: mean minus as it is, points", *(row[key] for key in CHANGE))
-        for row in rows
-        if row["model"] in PLAIN
+        Claim(f"{name}: mean minus as it is, points", *(rows[name, "mean"][key] for key in CHANGE))
+        for name in present(PLAIN, study)
+        if rows[name, "as it is"]["low"] > 50  # at chance there is nothing to help or to lose
     ]
 
 
@@ -134,6 +136,7 @@ def present(names: tuple[str, ...], study: Study) -> list[str]:
     return [name for name in names if name in study.observed["compositional"]]
 
 
+NOBODY = "its students are missing, or at chance"
 LINKS = {
     "1. attention is misaligned": misaligned,
     "2. alignment goes with accuracy": goes_with_accuracy,
@@ -276,11 +279,11 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
         return f"![{text}]({name}.png)\n\n*{text} Numbers: {files}.*"
 
     def claim_list(name: str) -> str:
-        found = [f"- {claim}" for claim in links[name]] or ["- not tested: its students are missing"]
+        found = [f"- {claim}" for claim in links[name]] or [f"- not tested: {NOBODY}"]
         return "\n".join([*found, "", f"**Verdict: {link_verdict(links[name])}.**"])
 
     summary = [
-        [name, link_verdict(own), "<br>".join(map(str, own)) or "its students are missing"]
+        [name, link_verdict(own), "<br>".join(map(str, own)) or NOBODY]
         for name, own in links.items()
     ]
     first, second, third, fourth = links
@@ -347,6 +350,7 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
 def story(args: argparse.Namespace) -> None:
     """All analyses and scores of what is there, and report.md about them."""
     students, missing = find_students(args)
+    args.out = args.out or Path("out/story")
     with output_folder(args.out) as folder:
         models, world = load_models(args.teacher, students), make_world(args.world or args.runs / "world")
         questions = world_questions(world, args.limit)

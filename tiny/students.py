@@ -30,8 +30,18 @@ STUDENTS = {
 
 def train_students(args: argparse.Namespace) -> None:
     """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
+    recipe = recipes.RECIPES["tiny"]
+    share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
+    steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
     if (args.out / "results.json").exists():
-        raise BadInput(f"{args.out} exists already and is complete; choose another --out")
+        before = json.loads((args.out / "SFT/stage2.run/run.json").read_text())
+        if (before["seed"], before["steps"]) != (args.seed, steps["2"]):
+            raise BadInput(
+                f"{args.out} has students of --seed {before['seed']} --steps {before['steps']}; "
+                "choose another --out"
+            )
+        print(f"finished already, {args.out}\n\n{(args.out / 'results.md').read_text()}")
+        return
     resume.check_writable(args.out)
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
@@ -39,9 +49,6 @@ def train_students(args: argparse.Namespace) -> None:
     threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
     spawn = torch.multiprocessing.get_context("spawn")
     common = ["--stage", "1", "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
-    recipe = recipes.RECIPES["tiny"]
-    share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
-    steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
     waiting = {}
     for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
         print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")

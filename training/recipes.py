@@ -56,13 +56,15 @@ def for_stage(stage: str, args: argparse.Namespace, ranks: int) -> argparse.Name
     args, recipe = copy.copy(args), RECIPES[args.recipe]
     if args.epochs or args.steps:  # one of them given: the recipe's other one does not count
         recipe = {**recipe, "all": {**recipe["all"], "epochs": None}, stage: {**recipe[stage], "steps": None}}
-    given_lr = args.lr is not None
+    given_lr, shared = args.lr is not None, args.batch_size is None
     for flag, value in {**recipe["all"], **recipe[stage]}.items():
         if getattr(args, flag) is None:
             setattr(args, flag, value)
     if args.recipe == "paper" and not given_lr and args.tune == "full" and stage in ("0b", "2", "3"):
         args.lr = FULL_LR
     args.lora_dropout = args.lora_dropout or 0.0
+    if shared and args.global_batch is None:  # the tiny recipe's batch is that of all ranks together
+        args.batch_size = max(1, args.batch_size // ranks)
     per_pass = ranks * args.batch_size
     if args.accumulation is None:
         args.accumulation = max(1, (args.global_batch or per_pass) // per_pass)
@@ -109,7 +111,8 @@ def number(kind: type, least: float):
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
     # fmt: off
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [--stage STAGE] [flags], which --help lists",
     )
     whole, positive, fraction = number(int, 1), number(float, 1e-12), number(float, 0)
     switch = {"action": "store_true"}
@@ -185,7 +188,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
     needless = given - {"out", "seed", "steps", "teacher", "make_tiny"}
     if args.stage is None and needless:
-        parser.error(f"{', '.join(sorted(needless))}: only with --stage")
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(needless))
+        parser.error(f"{flags}: only with --stage; the four students have their own")
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
     if args.recipe == "paper" and args.data is None:
