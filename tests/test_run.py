@@ -414,6 +414,9 @@ def test_the_global_batch_is_checked():
         argv += flags.split()
         return recipes.for_stage("2", train.parse_args(argv), ranks)
 
+    for ranks, size in ((1, 32), (2, 16), (4, 8)):  # the tiny recipe's batch is shared by the ranks
+        args = recipes.for_stage("2", train.parse_args(["--stage", "2"]), ranks)
+        assert (args.batch_size, args.global_batch) == (size, 32)
     assert resolve("", 8).accumulation == 4 and resolve("", 8).global_batch == 128
     assert resolve("--batch-size 16", 8).accumulation == 1
     assert resolve("--accumulation 2 --global-batch 64", 8).global_batch == 64

@@ -396,6 +396,7 @@ def broken(tmp_path, world):
             ["--stage", "1", "--data", no_turns, *images],
             ["record 7", "conversations"],
         ),
+        "a multimodal start": (["--stage", "1", "--student", train.TINY / "teacher"], ["multimodal"]),
         "truncated teacher": (["--stage", "1", "--teacher", half], ["model.safetensors"]),
         "stage 2 without stage 1": (["--stage", "2"], ["stage1", "--stage 1"]),
         "stage 3 without stage 2": (["--stage", "3"], ["stage2", "--stage 2"]),
@@ -410,8 +411,8 @@ def broken(tmp_path, world):
 
 
 CASES = """
-no teacher|plain language model as teacher|truncated teacher|stage 2 without stage 1|stage 3 without stage 2
-no data|broken data|a folder as data|a record without turns|no images|a picture outside its folder
+a multimodal start|no teacher|plain language model as teacher|truncated teacher|stage 2 without stage 1
+stage 3 without stage 2|no data|broken data|a folder as data|a record without turns|no images|a picture outside its folder
 """
 
 
@@ -494,6 +495,12 @@ def test_global_batches_do_not_depend_on_ranks():
     assert again == flat
 
 
+def test_the_four_students_are_no_work_for_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(SystemExit, match="start it with python"):
+        train.main([])
+
+
 @pytest.mark.slow
 def test_main_job(tmp_path):
     """In small: the distance falls, aligned students look like the teacher, table and picture are there."""
@@ -514,10 +521,12 @@ def test_main_job(tmp_path):
         assert last["lm"] < 0.7 * first["lm"] and last["step"] == 120
     table = (out / "results.md").read_text()
     assert table in text and all(f"| {name} |" in table for name in scores)
+    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
+    assert code == 0 and "finished already" in text and table in text
+    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out, "--seed", 1)
+    assert code == 1 and "has students of --seed 0 --steps 120; choose another --out" in text
     with Image.open(out / "attention.png") as picture:
         assert picture.width > 6 * 240 and len(set(picture.convert("L").tobytes())) > 20
-    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
-    assert code != 0 and "exists already" in text and "Traceback" not in text
 
 
 def test_readme_speaks_of_what_there_is():
