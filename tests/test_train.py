@@ -412,7 +412,8 @@ def broken(tmp_path, world):
 
 CASES = """
 a multimodal start|no teacher|plain language model as teacher|truncated teacher|stage 2 without stage 1
-stage 3 without stage 2|no data|broken data|a folder as data|a record without turns|no images|a picture outside its folder
+stage 3 without stage 2|no data|broken data|a folder as data|a record without turns|no images
+a picture outside its folder
 """
 
 
