@@ -444,12 +444,12 @@ def test_checkpointing_runs_layers_again_and_changes_no_number(look):
 def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
     """Logits, maps and gradients, for four lengths."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    lm, fast = tiny(num_hidden_layers=2), tiny(num_hidden_layers=2)
+    lm, fast = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     fast.load_state_dict(lm.state_dict())
     for layer in fast.model.layers:
         layer.compile()
     for length in (9, 8, 7, 6):
-        look = Look([[0, 1]], slice(1, length), COLUMNS)
+        look = Look([[0]], slice(1, length), COLUMNS)
         results = []
         for model in (lm, fast):
             out = model(IDS[:, :length], look=look)
