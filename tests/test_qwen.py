@@ -442,13 +442,13 @@ def test_checkpointing_runs_layers_again_and_changes_no_number(look):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
-    """Logits, maps and gradients, for four lengths."""
+    """Logits, maps and gradients, for a first length and for another, which compiles with sizes left open."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     lm, fast = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
     fast.load_state_dict(lm.state_dict())
     for layer in fast.model.layers:
         layer.compile()
-    for length in (9, 8, 7, 6):
+    for length in (9, 7):
         look = Look([[0]], slice(1, length), COLUMNS)
         results = []
         for model in (lm, fast):
