@@ -440,6 +440,7 @@ def test_checkpointing_runs_layers_again_and_changes_no_number(look):
     assert mode.number[silu] == 3  # no gradient, nothing to recompute
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
     """Logits, maps and gradients, for a first length and for another, which compiles with sizes left open."""
