@@ -264,11 +264,11 @@ class VLM(nn.Module):
         write_folder(folder, *files)
 
 
-def finite(logits: Tensor) -> Tensor:
-    """The logits; BadInput where one is NaN or infinite, whose argmax would look like an answer."""
-    if not logits.isfinite().all():
-        raise BadInput("the model gives numbers that are not finite; train or fetch its checkpoint again")
-    return logits
+def finite(values: Tensor, name: str = "the model") -> Tensor:
+    """The values; BadInput where one is NaN or infinite, whose argmax would look like an answer."""
+    if not values.isfinite().all():
+        raise BadInput(f"{name} gives numbers that are not finite; train or fetch its checkpoint again")
+    return values
 
 
 def _sample(logits: Tensor) -> Tensor:

@@ -172,13 +172,8 @@ def observe(
                 right = torch.where(asked, p, right)
             found[name].append((right, mass, cosine))
     for name, parts in found.items():
-        must_be_finite(name, torch.cat([part[0] for part in parts]))
+        model.finite(torch.cat([part[0] for part in parts]), name)
     return {name: gathered(parts) for name, parts in found.items()}
-
-
-def must_be_finite(name: str, values: Tensor) -> None:
-    if not values.isfinite().all():
-        raise BadInput(f"{name} gives numbers that are not finite; train or fetch its checkpoint again")
 
 
 def rows_mean(values: Tensor, queries: Tensor) -> Tensor:
@@ -247,7 +242,7 @@ def intervene(
                 found[name][way].append(yes_over_no(vlm, hidden, last, options))
     joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
     for name, ways in joined.items():
-        must_be_finite(name, torch.cat(list(ways.values())))
+        model.finite(torch.cat(list(ways.values())), name)
     return {name: {way: x.cpu().numpy() for way, x in ways.items()} for name, ways in joined.items()}
 
 

@@ -9,7 +9,7 @@ metrics.py.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,7 +263,7 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
     return answers, [f"{unknown} lines answer no question of these annotations"] if unknown else []
 
 
-def prompt_notes(name: str, prompts: list[str | None]) -> list[str]:
+def prompt_notes(name: str, prompts: Iterable[str | None]) -> list[str]:
     """What a score of TextVQA depends on."""
     if name != "textvqa":
         return []
@@ -278,7 +278,7 @@ def score_file(
     items = read(name, annotations, as_released=as_released)
     answers, notes = match_answers(name, items, answers_file)
     summary = score(name, items, answers, as_released)
-    prompts = [row.get("prompt") for _, row in answer_lines(Path(answers_file))]
+    prompts = (row.get("prompt") for _, row in answer_lines(Path(answers_file)))  # read only where asked for
     return summary._replace(notes=summary.notes + notes + prompt_notes(name, prompts))
 
 

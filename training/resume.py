@@ -201,8 +201,9 @@ def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | N
     """Fill module and optimizer from the save that `latest` names, or where that one is damaged from the
     newest whole one -> its state, or None where there is none.
     """
+    latest = newest(run)
     names = sorted((folder.name for folder in run.glob("step-*")), reverse=True)
-    for name in sorted(names, key=lambda name: name != newest(run)):
+    for name in sorted(names, key=lambda name: name != latest):
         if is_whole(run / name):
             break
         if rank_and_ranks()[0] == 0:
