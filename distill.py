@@ -1,27 +1,32 @@
-"""CompoDistill (arXiv 2510.12184): what the method adds to plain fine-tuning, pure functions and one module.
+"""CompoDistill (arXiv 2510.12184): what the method adds to plain fine-tuning, as the paper prints it.
 
-    TAF   x_v = P_s(P_t(z))                       TeacherAdapterFetch
-    VAT   which layers, who matches whom          understanding_layers, match_layers, group_mean
-          L_ADL = 1 - (1/k) sum_j cos(A_t, A_s)   visual_attention_loss   (paper, Eq. 2)
-          the released code's form                released_attention_loss
-    L_KL  KL(teacher || student) on answers       kl_loss                 (paper, Eq. 4)
-    L_LM  next-token cross-entropy on answers     lm_loss
-    L = L_LM + L_KL + L_ADL, all weights 1
+    TAF, teacher adapter fetch         x_v = P_s(P_t(z))                        TeacherAdapterFetch
+    VAT, visual attention alignment    which layers, who matches whom           choose_layers, match_layers
+        the loss of the attention      L_ADL = 1 - (1/k) sum_j cos(A_t, A_s)    visual_attention_loss   (Eq. 2)
+        distillation, ADL
+    KL, Kullback-Leibler divergence    L_KL = KL(teacher || student), answers   kl_loss                 (Eq. 4)
+    LM, language modelling             L_LM = cross-entropy, answers            lm_loss
+    all of it                          L = L_LM + L_KL + L_ADL                  distillation_loss
 
-kl_loss, lm_loss and group_mean are definitions, on whole matrices, to be read; training computes the same
-without whole matrices, in answer_losses and qwen.Look, and tests equate them. Losses are sums, beside their
-count: add both over micro-batches and ranks and divide once, because a mean of means is a different gradient
-when the number of answer tokens varies. Losses are computed in float32, and the teacher's side is detached.
-Shapes: B batch, T tokens, P visual tokens, k matched layers, m teacher layers, C width, V vocabulary.
+This is the method on whole matrices, to be read and to be changed: `python train.py --plain` trains with it.
+Without that flag training computes the same from parts of the matrices (lean.py), and a test equates both over
+a whole step. Losses are computed in float32, and the teacher's side has no gradient.
+
+Shapes: B batch, T tokens, P visual tokens, H heads, k matched layers, C width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qwen import Output
+
 IGNORE = -100  # the label of a token that is not supervised
+EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
 
 # ---------------------------------------------------------------- TAF: the teacher's adapter, fetched
 
@@ -58,6 +63,8 @@ def understanding_layers(num_layers: int, low: float = 0.3, high: float = 0.7) -
     return [i for i in range(num_layers) if low <= i / num_layers < high]
 
 
+SHARES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}  # of depth
+
 # The released code's fixed lists: language model layers -> (layers as a student, layers as a teacher).
 RELEASED_LAYERS = {
     24: (range(8, 15), range(8, 16)),
@@ -68,7 +75,7 @@ RELEASED_LAYERS = {
 
 
 def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
-    """Layers by the paper's names, intermediate (the method), early, later, all; or the released code's."""
+    """Layers by the paper's names: intermediate (the method), early, later, all; or the released code's."""
     if which == "released":
         if num_layers not in RELEASED_LAYERS:
             raise ValueError(
@@ -76,11 +83,9 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
                 "give --layers intermediate"
             )
         return list(RELEASED_LAYERS[num_layers][teacher])
-    shares = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}
-    if which not in shares:
-        raise ValueError(f"layers {which!r} are not known; choose released or one of {', '.join(shares)}")
-    low, high = shares[which]
-    return understanding_layers(num_layers, low, high)
+    if which not in SHARES:
+        raise ValueError(f"layers {which!r} are not known; choose released or one of {', '.join(SHARES)}")
+    return understanding_layers(num_layers, *SHARES[which])
 
 
 def match_layers(student_layers: list[int], teacher_layers: list[int], how: str = "group") -> list[list[int]]:
@@ -100,94 +105,113 @@ def match_layers(student_layers: list[int], teacher_layers: list[int], how: str 
         return [teacher_layers[j : j + n] for j in range(k)]
     if how == "simple":
         return [[teacher_layers[j * m // k]] for j in range(k)]
-    raise ValueError(
-        f"matching {how!r} is not known; choose group or simple (adaptive needs the maps: adaptive_match)"
-    )
-
-
-def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> Tensor:
-    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> (k,B,T,P)."""
-    return torch.stack([torch.stack([teacher_maps[layer] for layer in group]).mean(0) for group in groups])
+    raise ValueError(f"matching {how!r} is not known; choose group or simple (adaptive_match needs the maps)")
 
 
 @torch.no_grad()
-def adaptive_match(student_maps: Tensor, teacher_maps: Tensor, query_mask: Tensor) -> Tensor:
+def adaptive_match(
+    student_maps: dict[int, Tensor], teacher_maps: dict[int, Tensor], rows: Tensor
+) -> list[list[int]]:
     """Ablation: for each student layer the one teacher layer with the most similar map, anew for every batch.
 
-    student_maps (k,B,T,P), teacher_maps (m,B,T,P), query_mask (B,T) -> the chosen teacher maps (k,B,T,P). The
-    paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch;
-    no gradient through the choice, and two student layers may choose the same teacher layer. So it depends on
-    how a global batch is cut into micro-batches and ranks, unlike everything else here.
+    {layer: (B,T,P)} each, rows (B,T). The paper's exact rule is not public. Ours: the highest cosine of the
+    flattened maps, averaged over the batch; no gradient through the choice, and two student layers may choose
+    the same teacher layer. So it depends on how a global batch is cut into micro-batches and ranks, unlike
+    everything else here.
     """
-    outside = ~query_mask[..., None]
-    s = F.normalize(student_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (k,B,T*P)
-    t = F.normalize(teacher_maps.masked_fill(outside, 0).float().flatten(2), dim=-1)  # (m,B,T*P)
-    return teacher_maps[torch.einsum("kbx,mbx->km", s, t).argmax(1)]
+    student = torch.stack([only(rows, maps).flatten(1) for maps in student_maps.values()])  # (k,B,T*P)
+    teacher = torch.stack([only(rows, maps).flatten(1) for maps in teacher_maps.values()])  # (m,B,T*P)
+    similarity = torch.einsum("kbx,mbx->km", F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
+    layers = list(teacher_maps)
+    return [[layers[best]] for best in similarity.argmax(1).tolist()]
 
 
-def query_rows(which: str, visual_columns: Tensor, has_image: Tensor, attention_mask: Tensor) -> Tensor:
+def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list[Tensor]:
+    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P)."""
+    return [sum(teacher_maps[layer] for layer in group) / len(group) for group in groups]
+
+
+def matched_targets(
+    student_maps: dict[int, Tensor], teacher_maps: dict[int, Tensor], rows: Tensor, matching: str
+) -> list[Tensor]:
+    """For each student layer the map that it is pulled to: {layer: (B,T,P)} of both -> k of (B,T,P)."""
+    if matching == "adaptive":
+        return group_mean(teacher_maps, adaptive_match(student_maps, teacher_maps, rows))
+    return group_mean(teacher_maps, match_layers(list(student_maps), list(teacher_maps), matching))
+
+
+# ---------------------------------------------------------------- VAT: what is compared
+
+
+def visual_map(attention: Tensor, columns: Tensor) -> Tensor:
+    """Ã: the head mean of A, then its visual columns (paper, VAT): (B,H,T,S), columns (B,P) -> (B,T,P)."""
+    head_mean = attention.mean(1)  # (B,T,S)
+    return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
+
+
+def query_rows(batch: dict, which: str) -> Tensor:
     """The queries that are aligned, as a (B,T) mask: `all` (paper), `image`, or `text` (all after the image).
 
-    visual_columns (B,P), has_image (B,), attention_mask (B,T). Never padding, nor a sample without a picture.
+    Never padding, nor a sample without a picture; and before the image causality leaves no visual mass.
     """
-    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)  # (T,)
-    first, last = visual_columns[:, :1], visual_columns[:, -1:]
+    columns = batch["visual_columns"]  # (B,P)
+    first, last = columns[:, :1], columns[:, -1:]
+    position = torch.arange(batch["attention_mask"].shape[1], device=columns.device)  # (T,)
     rows = {
-        "all": position >= first,  # before the image causality leaves no visual mass
+        "all": position >= first,
         "image": (position >= first) & (position <= last),
         "text": position > last,
     }[which]
-    return rows & attention_mask & has_image[:, None]
+    return rows & batch["attention_mask"] & batch["has_image"][:, None]
 
 
-def span(query_mask: Tensor) -> slice:
-    """The shortest slice of T that holds every query of a (B,T) mask: attention is computed there only."""
-    used = query_mask.any(0).nonzero()
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+def only(rows: Tensor, maps: Tensor) -> Tensor:
+    """maps (B,T,P) in float32, 0 outside the rows (B,T). Filled, not multiplied: NaN in padding stays out."""
+    return maps.float().masked_fill(~rows[..., None], 0)
 
 
-# ---------------------------------------------------------------- VAT: the loss
+# ---------------------------------------------------------------- VAT: distances of two maps
+# Each takes one layer's student map (B,T,P), its target (B,T,P), both 0 outside the rows, and the rows (B,T).
 
-EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
+
+def cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """1 - cos of the flattened (T*P) matrices -> (B,). The method (paper, Eq. 2)."""
+    return 1 - cosine(student.flatten(1), target.flatten(1))
 
 
-def visual_attention_loss(
-    student_maps: Sequence[Tensor] | Tensor,
-    teacher_maps: Sequence[Tensor] | Tensor,
-    query_mask: Tensor,
-    kind: str = "cosine",
-    rowwise: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2) -> (sum, count).
+def row_cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """1 - cos of each row of P -> (B,T). Ours: in one matrix the rows with much visual mass outweigh the rest."""
+    return 1 - cosine(student, target)
 
-    student_maps, teacher_maps: k of (B,T,P), head-mean attention over the visual tokens, the teacher's
-    already matched. query_mask (B,T): the rows that take part. A row without visual mass (before the image,
-    or in a sample without one) never does.
 
-    cosine           1 - cos of the flattened (T*P) matrices, mean over k; counts samples        (the method)
-    cosine, rowwise  1 - cos of each row of P; counts rows, in every layer                       (ours)
-    mse              (student - teacher)^2; counts entries                                       (ablation)
-    kl               KL(teacher || student) of each row, made a distribution; counts rows        (ablation)
+def squared_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """Mean squared error of each row -> (B,T). Ablation."""
+    return (student - target).square().mean(-1)
+
+
+def kl_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """KL(teacher || student) of each row, made a distribution over the P visual tokens -> (B,T). Ablation."""
+    s = student / (student.sum(-1, keepdim=True) + EPS)
+    t = target / (target.sum(-1, keepdim=True) + EPS)
+    return (t * ((t + EPS).log() - (s + EPS).log())).sum(-1)
+
+
+def released_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """The released code's (commit 8411926), which is not the paper's -> (B,). Meant for rows = image: (P,P).
+
+    Entries above mean + one (unbiased) standard deviation of their map are dropped on either side, which
+    removes attention sinks; so are those where the teacher is exactly 0, which is the causal triangle. What is
+    left is averaged over the queries, and the two vectors of P are compared by 1 - cos.
     """
-    k, P = len(student_maps), student_maps[0].shape[-1]
-    mass = sum(t.detach().sum(-1) for t in teacher_maps)  # (B,T)
-    rows = query_mask & (mass > 0)
-    count = attention_count(rows, k, P, kind, rowwise)
-    total = torch.zeros((), device=rows.device)
-    for s, t in zip(student_maps, teacher_maps):  # one layer's (B,T,P) at a time
-        # filled, not multiplied: what padding holds stays out, NaN too
-        s, t = (maps.float().masked_fill(~rows[..., None], 0) for maps in (s, t.detach()))
-        if kind == "cosine" and not rowwise:
-            loss = (1 - cosine(s.flatten(1), t.flatten(1))) * rows.any(1) / k  # (B,)
-        elif kind == "cosine":
-            loss = (1 - cosine(s, t)) * rows  # (B,T)
-        elif kind == "mse":
-            loss = (s - t).square()
-        else:
-            s, t = (maps / (maps.sum(-1, keepdim=True) + EPS) for maps in (s, t))
-            loss = t * ((t + EPS).log() - (s + EPS).log())
-        total = total + loss.sum()
-    return total, count
+    inside = rows[..., None]  # (B,T,1)
+    number = (rows.sum(1) * student.shape[-1]).clamp(min=2)[:, None, None]  # entries of a map, (B,1,1)
+    keep = inside & (target != 0)
+    for maps in (student.detach(), target):
+        mean = maps.sum((1, 2), keepdim=True) / number
+        variance = ((maps - mean).square() * inside).sum((1, 2), keepdim=True) / (number - 1)
+        keep = keep & (maps <= mean + variance.sqrt())
+    queries = keep.sum(1).clamp(min=1)  # (B,P): how many are left in each column
+    return 1 - cosine((student * keep).sum(1) / queries, (target * keep).sum(1) / queries)
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
@@ -196,67 +220,81 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) / lengths
 
 
-def attention_count(rows: Tensor, num_layers: int, num_columns: int, kind: str, rowwise: bool) -> Tensor:
-    """What visual_attention_loss counts, from the rows (B,T) alone: known before any forward pass."""
-    if kind not in ("cosine", "mse", "kl"):
-        raise ValueError(f"attention loss {kind!r} is not known; choose cosine, mse or kl")
-    if kind == "cosine" and not rowwise:
-        return rows.any(1).sum()  # samples
-    return rows.sum() * num_layers * (num_columns if kind == "mse" else 1)
+class Distance(NamedTuple):
+    """One way to compare two maps."""
+
+    function: Callable[[Tensor, Tensor, Tensor], Tensor]
+    counts: str  # what L_ADL is the mean of: "samples" with a picture, where it gives (B,), or "rows", (B,T)
+    over_layers: str = "mean"  # the paper's, or "sum", the released code's: k times as much
 
 
-def released_attention_loss(student_maps: Tensor, teacher_maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The attention loss of the released code (commit 8411926), which is not the paper's -> (sum, count).
+DISTANCES = {  # --vat-loss
+    "cosine": Distance(cosine_distance, "samples"),
+    "cosine-rows": Distance(row_cosine_distance, "rows"),
+    "mse": Distance(squared_distance, "rows"),
+    "kl": Distance(kl_distance, "rows"),
+    "released": Distance(released_distance, "samples", "sum"),
+}
 
-    student_maps, teacher_maps (k,B,P,P): head-mean attention from visual tokens to visual tokens, samples
-    with an image only. Entries above mean + one (unbiased) standard deviation of their map are dropped on
-    either side, which removes attention sinks; so are those where the teacher is exactly 0, which is the
-    causal triangle. What is left is averaged over the queries, and the two vectors of P are compared by 1 -
-    cos: SUMMED over the layers, counted per sample.
+# ---------------------------------------------------------------- the losses, as sums beside their counts
+
+
+class Term(NamedTuple):
+    """One loss, not yet divided. A mean of means is a different gradient when the counts vary, so sums and
+    counts are added over micro-batches and ranks, and divided once.
     """
-    s, t = student_maps.float(), teacher_maps.detach().float()
-    number_of_samples = torch.tensor(s.shape[1], device=s.device)
-    if s.shape[1] == 0:
-        return s.sum(), number_of_samples
-    keep = t != 0
-    for maps in (s.detach(), t):
-        flat = maps.flatten(2)
-        keep = keep & (maps <= (flat.mean(-1) + flat.std(-1))[..., None, None])
-    number = keep.sum(2).clamp(min=1)  # (k,B,P): queries left in each column
-    s, t = ((maps * keep).sum(2) / number for maps in (s, t))
-    return (1 - F.cosine_similarity(s, t, dim=-1)).sum(), number_of_samples
+
+    sum: Tensor
+    count: Tensor
 
 
-# ---------------------------------------------------------------- L_KL and L_LM
+def visual_attention_loss(
+    student_maps: Iterable[Tensor], targets: Iterable[Tensor], rows: Tensor, distance: str = "cosine"
+) -> Term:
+    """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2), or with another distance.
+
+    student_maps, targets: k of (B,T,P) each. rows (B,T): the queries that take part.
+    """
+    if distance not in DISTANCES:
+        raise ValueError(f"attention loss {distance!r} is not known; choose one of {', '.join(DISTANCES)}")
+    total = torch.zeros((), device=rows.device)
+    counted, pairs = rows, list(zip(student_maps, targets))
+    for student, target in pairs:  # one layer at a time
+        values = DISTANCES[distance].function(only(rows, student), only(rows, target.detach()), rows)
+        counted = rows.any(1) if values.dim() == 1 else rows  # (B,) are samples, (B,T) rows
+        total = total + values.masked_fill(~counted, 0).sum()
+    if DISTANCES[distance].over_layers == "mean":
+        total = total / len(pairs)
+    return Term(total, counted.sum())
 
 
-def kl_loss(
-    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, shifted: bool = True
-) -> tuple[Tensor, Tensor]:
-    """Forward KL(teacher || student), full vocabulary, at every answer token (paper, Eq. 4) -> (sum, count).
+def kl_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, shifted: bool = True) -> Term:
+    """Forward KL(teacher || student), full vocabulary, at every answer token (paper, Eq. 4).
 
-    student_logits (B,T,Vs), teacher_logits (B,T,Vt), labels (B,T) with -100 where nothing is supervised. Of
-    vocabularies of different size the smaller one counts (what lies beyond the tokenizer is padding). The
+    student_logits (B,T,Vs), teacher_logits (B,T,Vt), labels (B,T) with -100 where nothing is supervised. The
     distribution that predicts token t stands at t-1; `shifted=False` compares at t itself, as the released
     code does.
     """
     answers = (next_tokens(labels) if shifted else labels) != IGNORE
-    return kl_divergence(student_logits[answers], teacher_logits[answers]), answers.sum()
+    return Term(kl_divergence(student_logits[answers], teacher_logits[answers]), answers.sum())
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), over the words that both have."""
+    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt).
+
+    Of vocabularies of different size the smaller one counts: what lies beyond the tokenizer is padding.
+    """
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     s = student_logits[:, :size].float().log_softmax(-1)
     t = teacher_logits[:, :size].detach().float().log_softmax(-1)
     return F.kl_div(s, t, reduction="sum", log_target=True)
 
 
-def lm_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T) -> (sum, count)."""
+def lm_loss(logits: Tensor, labels: Tensor) -> Term:
+    """Next-token cross-entropy over the answer tokens: logits (B,T,V), labels (B,T)."""
     targets = next_tokens(labels)
     answers = targets != IGNORE
-    return F.cross_entropy(logits[answers].float(), targets[answers], reduction="sum"), answers.sum()
+    return Term(F.cross_entropy(logits[answers].float(), targets[answers], reduction="sum"), answers.sum())
 
 
 def next_tokens(labels: Tensor) -> Tensor:
@@ -264,74 +302,72 @@ def next_tokens(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-# ---------------------------------------------------------------- the same two, from hidden states
+# ---------------------------------------------------------------- the method: which losses in which stage
 
 
-def answer_losses(
-    student: tuple[Tensor, Tensor],
-    teacher: tuple[Tensor, Tensor] | None,
-    labels: Tensor,
-    kl_weight: float = 1.0,
-    shifted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What training runs: lm_loss and kl_loss with at most LOGIT_ROWS rows of logits of a model at a time.
+@dataclass(frozen=True)
+class Method:
+    """One row of the paper's tables, as a value."""
 
-    student, teacher: final hidden states (B,T,C) and output matrix (V,C); labels (B,T). Returns three sums:
-    L_LM + kl_weight * L_KL, to differentiate, then L_LM and L_KL, to show. Without a teacher L_KL is 0.
+    weights: Mapping[str, Mapping[str, float]]  # stage -> the terms of its loss, and their weights
+    taf: bool = True  # the student fetches the teacher's adapter; else it has one of its own
+    kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
+    distance: str = "cosine"  # of two attention maps: one of DISTANCES
+    rows: str = "all"  # the queries that are compared: all | image | text
+    layers: str = "intermediate"  # which are aligned: intermediate | early | later | all | released
+    matching: str = "group"  # of student and teacher layers: group | simple | adaptive
+
+
+LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
+KD = {"1": LM_KL, "2": LM_KL, "3": LM}  # distilled pre-training and fine-tuning, then supervised fine-tuning
+VAT = {"1": LM_KL, "2": LM_KL | {"adl": 1.0}, "3": LM}
+METHODS = {
+    "sft": Method({"1": LM, "2": LM, "3": LM}, taf=False),  # supervised fine-tuning alone
+    "kd": Method(KD, taf=False),  # vanilla knowledge distillation
+    "compodistill": Method(VAT),  # the paper's
+    "compodistill-rows": Method(KD | {"2": LM_KL | {"adl": 3.0}}, distance="cosine-rows", rows="text"),  # ours
+    "released": Method(VAT, kl_shifted=False, distance="released", rows="image", layers="released"),
+}
+
+
+def distillation_loss(
+    student: Output,
+    teacher: Output | None,
+    batch: dict,
+    method: Method,
+    weights: Mapping[str, float],
+    totals: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Term]]:
+    """The whole method, from whole logits and whole attention maps -> L, and its terms by name.
+
+    student, teacher: what their forward passes returned: .logits (B,T,V) and .attentions {layer: (B,H,T,T)}
+    of the layers to be aligned. batch: data.collate's. weights: the terms of this stage.
+    totals: by what the sums are divided, `loss_counts` of the global batch (default: of this batch alone).
     """
-    hidden, head = student
-    targets = next_tokens(labels)
-    answers = targets != IGNORE
-    x, y = hidden[answers], targets[answers]  # (n,C), (n,)
-    if teacher is None:
-        return _AnswerLosses.apply(x, head, y, None, None, 1.0, 0.0)
-    t, t_head = teacher
-    if shifted:
-        return _AnswerLosses.apply(x, head, y, t[answers], t_head, 1.0, kl_weight)
-    at = labels != IGNORE
-    weighted_lm, lm, _ = _AnswerLosses.apply(x, head, y, None, None, 1.0, 0.0)
-    weighted_kl, _, kl = _AnswerLosses.apply(hidden[at], head, labels[at], t[at], t_head, 0.0, kl_weight)
-    return weighted_lm + weighted_kl, lm, kl
+    terms = {"lm": lm_loss(student.logits, batch["labels"])}
+    if "kl" in weights:
+        terms["kl"] = kl_loss(student.logits, teacher.logits, batch["labels"], method.kl_shifted)
+    if "adl" in weights:
+        rows, columns = query_rows(batch, method.rows), batch["visual_columns"]  # (B,T), (B,P)
+        student_maps = {i: visual_map(A, columns) for i, A in student.attentions.items()}  # {layer: (B,T,P)}
+        teacher_maps = {i: visual_map(A, columns) for i, A in teacher.attentions.items()}
+        targets = matched_targets(student_maps, teacher_maps, rows, method.matching)  # k of (B,T,P)
+        terms["adl"] = visual_attention_loss(student_maps.values(), targets, rows, method.distance)
+    totals = totals or {name: term.count for name, term in terms.items()}
+    loss = sum(weights[name] * term.sum / totals[name].clamp(min=1) for name, term in terms.items())
+    return loss, terms
 
 
-LOGIT_ROWS = 64
+def loss_counts(batch: dict, method: Method, weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """By what each term is divided, from the batch alone: known before any forward pass.
 
-
-class _AnswerLosses(torch.autograd.Function):
-    """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
-
-    With g = dL/ds, dL/dx = gW and dL/dW = g^T x. So each chunk of logits is used up, forward and backward,
-    before the next one is made: nothing of size (n,V) is kept or computed twice. Products run in the dtype of
-    x, whatever W is held in.
+    On the first step train.py holds them against the counts that the terms came with.
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight):
-        lm, kl = x.new_zeros(2, dtype=torch.float32)
-        dx, w = torch.zeros_like(x), weight.to(x.dtype)
-        teacher_w = None if teacher is None else teacher_weight.to(teacher.dtype)
-        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), LOGIT_ROWS):
-            rows = slice(i, i + LOGIT_ROWS)
-            s = F.linear(x[rows], w).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
-            with torch.enable_grad():
-                cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
-                divergence = torch.zeros_like(kl)
-                if teacher is not None:
-                    divergence = kl_divergence(s, F.linear(teacher[rows], teacher_w))
-                (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
-            lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
-            dx[rows] = g @ w
-            if dw is not None and g.dtype == dw.dtype:
-                dw.addmm_(g.T, x[rows])
-            elif dw is not None:
-                dw += g.T @ x[rows]  # in bfloat16 a sum of many chunks would lose its small parts
-        ctx.save_for_backward(dx, dw)
-        ctx.mark_non_differentiable(lm, kl)
-        return lm_weight * lm + kl_weight * kl, lm, kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream, *_):
-        dx, dw = ctx.saved_tensors  # changed in place: their only use, and there is one backward pass
-        return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None
+    labels = batch["labels"]
+    counts = {"lm": (next_tokens(labels) != IGNORE).sum()}
+    if "kl" in weights:
+        counts["kl"] = ((next_tokens(labels) if method.kl_shifted else labels) != IGNORE).sum()
+    if "adl" in weights:
+        rows = query_rows(batch, method.rows)
+        counts["adl"] = (rows.any(1) if DISTANCES[method.distance].counts == "samples" else rows).sum()
+    return counts

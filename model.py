@@ -4,16 +4,16 @@
     ids (B,T), P placeholders where a picture stands -> embeddings (B,T,C), visual tokens written in -> Qwen
 
 The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
-heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py also key tokens).
+heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py and lean.py key tokens).
 
-Inside: VLM (forward, stream, generate, answer, save) and load. How a model lies in a folder, in our layout
-and in those of others, is in layouts.py. As a program it converts:
-python model.py FOLDER --out OUT --layout hf
+Inside: VLM, the vision-language model (forward, stream, generate, answer, save), and load. How a model lies in
+a folder, in our layout and in those of others, is in support/layouts.py and exports.py. As a program it
+converts: python model.py FOLDER --out OUT --layout hf
 """
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,14 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 import data
-import layouts
-from checkpoint import BadInput, find, load_weights, read_json, sentence, write_folder
 from data import IMAGE_TOKEN
 from distill import TeacherAdapterFetch
-from layouts import VLMConfig
-from qwen import Cache, Look, Output, Qwen
+from qwen import AttentionRequest, Cache, Output, Qwen
 from siglip import Siglip
+from support import exports, layouts
+from support.checkpoint import find, load_weights, read_json, write_folder
+from support.errors import BadInput, one_sentence
+from support.layouts import VLMConfig
 
 
 class Adapter(nn.Module):
@@ -47,12 +48,12 @@ class Adapter(nn.Module):
 
 
 class VLM(nn.Module):
-    """vlm(input_ids (B,T), pixel_values (N,3,S,S)) -> Output(logits (B,T,V), attentions)."""
+    """The vision-language model: vlm(input_ids (B,T), pixel_values (N,3,S,S)) -> Output."""
 
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         c, self.config, self.tokenizer = config, config, tokenizer
-        self.template = "chat"  # how a question is put to it: one of TEMPLATES
+        self.template = "chat"  # how a question is put to it: one of layouts.TEMPLATES
         self.vision = Siglip(c.vision)
         self.adapter = Adapter(c.vision.hidden_size, c.taf_width or c.text.hidden_size)
         if c.taf_width:
@@ -64,6 +65,7 @@ class VLM(nn.Module):
         cls, vision: Siglip, lm: Qwen, tokenizer: Tokenizer, teacher: "VLM | None" = None, taf: bool = False
     ) -> "VLM":
         """A model of given parts and a new, random adapter: its own or, with `taf`, the teacher's plus P_s.
+
         With a teacher it reads the same visual tokens (layer, first patch) as the teacher does.
         """
         base = VLMConfig(vision.config, lm.config) if teacher is None else teacher.config
@@ -135,54 +137,45 @@ class VLM(nn.Module):
         return self.lm.model.norm.weight.device
 
     def image_features(self, pixel_values: Tensor | None) -> Tensor:
-        """pixel_values (N,3,S,S), or None where N = 0 -> z (N,P,C_vision), what the adapter reads, in the
-        dtype of the vision encoder: frozen parts may be bfloat16 beside a language model in float32.
+        """What the adapter reads: pixel_values (N,3,S,S), or None where N = 0 -> z (N,P,C_vision).
+
+        In the dtype of the vision encoder: frozen parts may be bfloat16 beside a language model in float32.
         """
         weight = self.vision.post_layernorm.weight
         if pixel_values is None:
             return weight.new_zeros(0, self.num_image_tokens, self.config.vision.hidden_size)
-        z = self.vision(pixel_values.to(weight.dtype), layer=self.config.vision_layer)
+        z = self.vision(pixel_values.to(weight.dtype), layer=self.config.vision_layer).features
         return z[:, 1:] if self.config.drop_first_patch else z
 
-    def forward(self, *args, **kwargs) -> Output:
-        """What `hidden` takes -> logits (B,T,V) and attentions."""
-        hidden, attentions = self.hidden(*args, **kwargs)
-        return Output(self.lm.head(hidden), attentions)
-
-    def hidden(
+    def forward(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        attention_layers: Sequence[int] = (),
-        look: Look | None = None,
-        visual_tokens: Tensor | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor] | list[Tensor]]:
-        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> final
-        hidden states (B,T,C), attentions.
+        requests: Mapping[int, AttentionRequest] | None = None,
+        logits: bool = True,
+    ) -> Output:
+        """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> Output.
 
-        attention_layers: whose attention to return whole (B,H,T,T); look: maps of some rows and columns, as
-        means (B,R,P). visual_tokens (N,P,C), the adapter's output, stand in for pixel_values.
+        attention_mask, requests (whose attention to return, and how) and logits are Qwen.forward's.
         """
-        embeds = self.embed(input_ids, pixel_values, visual_tokens)
-        return self.lm.hidden(None, attention_mask, attention_layers, look, inputs_embeds=embeds)
+        embeds = self.embed(input_ids, pixel_values)
+        return self.lm(None, attention_mask, requests, inputs_embeds=embeds, logits=logits)
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None
     ) -> Tensor:
-        """-> (B,T,C): token embeddings, with the visual tokens written into the placeholders. The length
-        never changes.
+        """Token embeddings (B,T,C), with the visual tokens written into the placeholders: the length stays.
+
+        visual_tokens (N,P,C), the adapter's output, may stand in for pixel_values.
         """
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.adapter(self.image_features(pixel_values))
         placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
         N, P = (0, self.num_image_tokens) if visual_tokens is None else visual_tokens.shape[:2]
         per_row = placeholder.sum(1)
-        if (
-            P != self.num_image_tokens
-            or per_row.sum() != N * P
-            or bool(((per_row != 0) & (per_row != P)).any())
-        ):
+        whole_pictures = bool(((per_row == 0) | (per_row == P)).all())
+        if P != self.num_image_tokens or per_row.sum() != N * P or not whole_pictures:
             raise ValueError(
                 f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual "
                 f"tokens each were given, and this model has {self.num_image_tokens} a picture"
@@ -211,17 +204,16 @@ class VLM(nn.Module):
         if stop_ids is None:
             stop_ids = [] if self.tokenizer is None else self.stop_ids
         stops = torch.tensor(list(stop_ids), dtype=torch.long, device=input_ids.device)
-        mask = (
-            torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        )
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.bool()
         last = mask.long().cumsum(1).argmax(1)  # each row's last real token
         rows = torch.arange(len(last), device=last.device)
         cache = Cache(len(self.lm.model.layers)) if cache is None else cache
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         for _ in range(max_new_tokens):
-            hidden, _ = self.lm.hidden(attention_mask=mask, inputs_embeds=embeds, cache=cache)
-            logits = finite(self.lm.head(hidden[rows, last]).float())  # (B,V), read at one position a row
+            out = self.lm(attention_mask=mask, inputs_embeds=embeds, cache=cache, logits=False)
+            logits = finite(self.lm.head(out.hidden[rows, last]).float())  # (B,V), at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
                 token = torch.where(done, stops[0], token)
@@ -233,10 +225,9 @@ class VLM(nn.Module):
             mask, last = torch.ones_like(token[:, None], dtype=torch.bool), torch.zeros_like(token)
 
     def generate(self, input_ids: Tensor, *args, **kwargs) -> Tensor:
-        """What `stream` takes -> (B, new) ids: the prompt's continuation, greedy at temperature 0, sampled
-        above it.
+        """The prompt's continuation, (B, new) ids: greedy at temperature 0, sampled above it.
 
-        A row ends with any of `stop_ids` (default: those of the template) and is filled up with the first of
+        Takes what `stream` takes. A row ends with any of `stop_ids` (default: those of the template) and is filled up with the first of
         them. Rows of unequal length, padded on either side, give the same tokens as alone.
         """
         new = list(self.stream(input_ids, *args, **kwargs))
@@ -258,7 +249,7 @@ class VLM(nn.Module):
         """
         try:
             tokenizer = self.require_tokenizer() if layout == "hf" else self.tokenizer  # gets a new word
-            files = layouts.written(layout, self.config, tokenizer, self.state_dict(), dtype)
+            files = exports.written(layout, self.config, tokenizer, self.state_dict(), dtype)
         except BadInput as error:
             raise BadInput(f"{folder}: {error}") from None
         write_folder(folder, *files)
@@ -275,23 +266,57 @@ def _sample(logits: Tensor) -> Tensor:
     return torch.multinomial(logits.softmax(-1), 1)[:, 0]
 
 
+# ---------------------------------------------------------------- checkpoints
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # --precision
+
+
+def pick_device() -> str:
+    """The GPU, under torchrun this rank's, or the CPU."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
 def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32, device: str = "cpu") -> VLM:
     """A multimodal checkpoint in any layout that we know, from a folder or the hub, in eval mode.
 
     dtype: of all tensors; None leaves each as it is in the file.
     """
     folder = find(path_or_hub_name)
-    file = folder / "config.json"
     config = layouts.read_config(folder)
     with torch.device("meta"):
         vlm = VLM(config)
-    native = read_json(file).get("model_type") == layouts.MODEL_TYPE
+    native = read_json(folder / "config.json").get("model_type") == layouts.MODEL_TYPE
     rename = (lambda name: name) if native else layouts.rename_foreign(config)
     load_weights(vlm, folder, rename, dtype, device)
     if (folder / "tokenizer.json").exists():
         vlm.tokenizer = data.load_tokenizer(folder)
         vlm.template = layouts.template_of(folder, vlm.tokenizer)
     return vlm.eval()
+
+
+def load_lm(
+    path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Qwen:
+    """A plain Qwen1.5 / Qwen2 checkpoint: a folder or a hub name, one file or shards."""
+    folder = find(path_or_hub_name)
+    config = layouts.qwen_config(read_json(folder / "config.json"), folder / "config.json")
+    with torch.device("meta"):
+        lm = Qwen(config)
+    drop = "lm_head." if config.tie_word_embeddings else ()  # some tied files still carry a copy of it
+    load_weights(lm, folder, lambda name: None if name.startswith(drop) else name, dtype, device)
+    return lm.eval()
+
+
+def load_vision(
+    path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Siglip:
+    """A plain SigLIP checkpoint: a whole SiglipModel, or a vision model with or without `vision_model.`"""
+    folder = find(path_or_hub_name)
+    config = layouts.siglip_config(read_json(folder / "config.json"), folder / "config.json")
+    with torch.device("meta"):
+        vision = Siglip(config)
+    load_weights(vision, folder, layouts.rename_siglip, dtype, device)
+    return vision.eval()
 
 
 # ---------------------------------------------------------------- python model.py
@@ -302,24 +327,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     given = parser.add_argument_group("what is read")
     given.add_argument("folder", help="a multimodal checkpoint: a folder or a hub name, owner/name")
-    wanted = parser.add_argument_group("what is written")
-    wanted.add_argument("--out", required=True, help="a new folder, which appears whole or not at all")
-    wanted.add_argument(
-        "--layout",
-        required=True,
-        choices=layouts.NAMES,
-        help="ours, CompoDistill's or Hugging Face LLaVA's (no TAF)",
-    )
-    wanted.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: each tensor as it is read")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", required=True, help="a new folder, which appears whole or not at all")
+    add("--layout", required=True, choices=exports.NAMES, help="ours, CompoDistill's or HF LLaVA's (no TAF)")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: each tensor as it is read")
     args = parser.parse_args(argv)
-    try:
+    with one_sentence():
         vlm = load(args.folder, dtype=args.dtype and getattr(torch, args.dtype))
         vlm.save(args.out, args.layout)
         files = sorted(Path(args.out).iterdir())
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {sentence(error)}")
     print(f"{args.out}, layout {args.layout}:")
     print("\n".join(f"{file.stat().st_size / 1e6:12.3f} MB  {file.name}" for file in files))
 

@@ -1,12 +1,12 @@
-"""The paper's five analyses of attention (its section 3). story.py tells what they say of the tiny world.
+"""The paper's five analyses of attention (its section 3). tiny/story.py tells what they say of the tiny world.
 
     python eval.py analyse similarity groups    # figures (PNG) and their numbers (CSV, JSON)
-    python eval.py story                        # all five, the scores, one report of what holds
+    python -m tiny story                        # all five, the scores, one report of what holds
 
     attention     of the answering position over picture and text, by layer                  paper, Fig. 3a
     similarity    cosine of teacher's and student's attention, by layer                       Fig. 3b-e
     groups        items grouped by similarity -> probability of the right answer              Fig. 4
-    intervention  visual attention mixed with the teacher's at inference (qwen.guided)        Fig. 5
+    intervention  visual attention mixed with the teacher's at inference (Guided)             Fig. 5
     picture       where teacher and students look                                             Fig. 2, 7
 
 Attention is a head mean throughout. Its *text rows* are the queries after the picture, up to and including
@@ -15,7 +15,7 @@ averaged over them. A student's understanding layers are compared with their tea
 any other layer with the teacher's layer at the same relative depth. An item is a recognition question or a
 caption pair, both captions asked. Intervals hold 95 %: bootstrap over pictures, RESAMPLES times.
 
-No map with heads outlives its layer, nor one of all rows: a qwen.Look leaves (B,R,T) of a layer. Only the
+No map with heads outlives its layer, nor one of all rows: lean.VisualAttention leaves (B,R,T). Only the
 intervention holds maps (B,T,P) of the understanding layers; give large models a small --batch-size there.
 Shapes: B questions, T tokens, R text rows, P visual tokens, L layers, n questions or items.
 """
@@ -26,6 +26,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,16 +37,17 @@ from torch import Tensor
 
 import data
 import distill
+import lean
 import model
-from checkpoint import BadInput, whole_folder
 from evals import benchmarks, figures, pictures, scorers
 from evals.answers import SHOWS
-from qwen import Guide, Look
-from tiny.world import caption_question, make_world, tiny_cases, tiny_items
-from training import recipes
-from training.recipes import TINY
+from lean import VisualAttention
+from qwen import probabilities
+from support.checkpoint import whole_folder
+from support.errors import BadInput, at_least
+from support.world import TINY, caption_question, make_world, tiny_cases, tiny_items
 
-PLAIN, ALIGNED = ("SFT", "KD"), ("CompoDistill", "CompoDistill-rows")  # what `python train.py` trains
+PLAIN, ALIGNED = ("sft", "kd"), ("compodistill", "compodistill-rows")  # what `python -m tiny` trains
 WAYS = {  # of the intervention: whose head-mean maps stand in for visual attention, and their share
     "as it is": ("", 0.0),
     "mean": ("teacher", 0.5),  # the paper's
@@ -145,16 +147,17 @@ def observe(
         position = torch.arange(batch["input_ids"].shape[1], device=teacher.device)
         first = (batch["labels"] != data.IGNORE).long().argmax(1, keepdim=True)  # (B,1), of the answer
         columns, real = batch["visual_columns"], batch["attention_mask"]
-        queries = distill.query_rows("text", columns, batch["has_image"], real) & (position < first)
-        rows = distill.span(queries)
+        queries = distill.query_rows(batch, "text") & (position < first)
+        rows = lean.span(queries)
         keys = {"image": (position >= columns[:, :1]) & (position <= columns[:, -1:])}  # (B,T) each
         parts = keys | {"before": position < columns[:, :1], "after": (position > columns[:, -1:]) & real}
         keys["text"] = parts["before"] | parts["after"]
         answering = torch.arange(len(first), device=first.device), first[:, 0] - 1 - rows.start
-        everything = position.expand(len(first), -1)
+        request = VisualAttention(rows, position.expand(len(first), -1))  # text rows, every column
         for name, vlm in models.items():
-            look = Look([[i] for i in range(len(vlm.lm.model.layers))], rows, everything)
-            hidden, maps = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # L of (B,R,T)
+            requests = dict.fromkeys(range(vlm.config.text.num_hidden_layers), request)
+            out = vlm(batch["input_ids"], batch["pixel_values"], requests=requests, logits=False)
+            hidden, maps = out.hidden, list(out.attentions.values())  # (B,T,C), L of (B,R,T)
             mass = {part: [(m[answering] * where).sum(1) for m in maps] for part, where in parts.items()}
             cosine = {}
             if vlm is teacher:
@@ -203,14 +206,37 @@ def gathered(batches: list[tuple]) -> Observed:
     return Observed(probability, mass, cosine)
 
 
+@dataclass(frozen=True)
+class Guided:
+    """An AttentionRequest (qwen.py) that changes what its layer computes: visual attention from outside."""
+
+    maps: Tensor  # (B,T,P), head means, every query row
+    columns: Tensor  # (B,P) key tokens: the visual tokens; every sample has a picture
+    share: float  # of these maps in the result: 0.5 is the mean of both, 1.0 a full replacement
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
+        return self.mixed(probabilities(q, k, mask)).to(v.dtype) @ v, None
+
+    def mixed(self, attention: Tensor) -> Tensor:
+        """A' of the intervention (paper, section 3): A (B,H,T,S) -> (B,H,T,S), every row sums to 1.
+
+        On the visual columns (1 - share) A + share M, with the same M for all heads; on the text columns A; then
+        each row is divided by its sum.
+        """
+        columns = self.columns[:, None, None].expand(*attention.shape[:3], -1)  # (B,H,T,P)
+        visual = torch.lerp(attention.gather(3, columns), self.maps[:, None], self.share)
+        attention = attention.scatter(3, columns, visual)
+        return attention / attention.sum(-1, keepdim=True)
+
+
 @torch.no_grad()
 def intervene(
     teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
 ) -> dict[str, dict[str, np.ndarray]]:
     """Analysis 4: {model: {key of WAYS: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
 
-    In each understanding layer of a student the guide is the mean map of that layer's teacher group, or, as
-    controls, the student's own map as it was, and the teacher's for the same words and another picture.
+    In each understanding layer of a student what is mixed in is the mean map of that layer's teacher group, or,
+    as controls, the student's own map as it was, and the teacher's for the same words and another picture.
     """
     found = {"teacher": {"as it is": []}} | {name: {way: [] for way in WAYS} for name in students}
     ours = distill.understanding_layers(len(teacher.lm.model.layers))
@@ -220,26 +246,27 @@ def intervene(
         for asked in (questions, with_other_pictures(questions))
     )
     for batch, other in zip(*streams):
-        ids, pixels, columns = (batch[name] for name in ("input_ids", "pixel_values", "visual_columns"))
-        rows, last = slice(0, ids.shape[1]), batch["attention_mask"].sum(1) - 1
-        look = Look([[i] for i in ours], rows, columns)
-        hidden, maps = teacher.hidden(ids, pixels, look=look)  # (B,T,P) a layer
-        found["teacher"]["as it is"].append(yes_over_no(teacher, hidden, last, options))
-        theirs = {"teacher": maps, "stranger": teacher.hidden(ids, other["pixel_values"], look=look)[1]}
+        ids, columns = batch["input_ids"], batch["visual_columns"]
+        last = batch["attention_mask"].sum(1) - 1
+        request = VisualAttention(slice(0, ids.shape[1]), columns)  # (B,T,P) a layer
+        requests = dict.fromkeys(ours, request)
+        out = teacher(ids, batch["pixel_values"], requests=requests, logits=False)
+        found["teacher"]["as it is"].append(yes_over_no(teacher, out.hidden, last, options))
+        theirs = {"teacher": out.attentions}
+        theirs["stranger"] = teacher(ids, other["pixel_values"], requests=requests, logits=False).attentions
         for name, vlm in students.items():
-            layers = distill.understanding_layers(len(vlm.lm.model.layers))
+            layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
             groups = distill.match_layers(layers, ours)
-            goals = {who: distill.group_mean(dict(zip(ours, maps)), groups) for who, maps in theirs.items()}
-            embeds = vlm.embed(ids, pixels)
-            plain, goals["own"] = vlm.lm.hidden(
-                inputs_embeds=embeds, look=Look([[i] for i in layers], rows, columns)
-            )
+            goals = {who: distill.group_mean(maps, groups) for who, maps in theirs.items()}
+            embeds = vlm.embed(ids, batch["pixel_values"])
+            plain = vlm.lm(inputs_embeds=embeds, requests=dict.fromkeys(layers, request), logits=False)
+            goals["own"] = list(plain.attentions.values())
             for way, (whose, share) in WAYS.items():
-                hidden = plain
+                out = plain
                 if share:
-                    guides = {i: Guide(goal, columns, share) for i, goal in zip(layers, goals[whose])}
-                    hidden, _ = vlm.lm.hidden(inputs_embeds=embeds, guides=guides)
-                found[name][way].append(yes_over_no(vlm, hidden, last, options))
+                    guides = {i: Guided(goal, columns, share) for i, goal in zip(layers, goals[whose])}
+                    out = vlm.lm(inputs_embeds=embeds, requests=guides, logits=False)
+                found[name][way].append(yes_over_no(vlm, out.hidden, last, options))
     joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
     for name, ways in joined.items():
         model.finite(torch.cat(list(ways.values())), name)
@@ -551,19 +578,19 @@ def load_models(teacher: str, students: dict[str, str | Path]) -> dict[str, mode
 
 
 def find_students(args: argparse.Namespace) -> tuple[dict[str, Path], str]:
-    """--students, or those of `python train.py` under --runs; and a sentence about what is not there."""
+    """--students, or those of `python -m tiny` under --runs; and a sentence about what is not there."""
     if args.students:
         pairs = [student.partition("=")[::2] for student in args.students]
         names = [name for name, folder in pairs if folder]
         if len({"", "teacher", *names}) < len(pairs) + 2:
             raise BadInput(
                 f"--students {' '.join(args.students)}: give each as NAME=FOLDER, every name once, for "
-                "example KD=out/KD/stage3; teacher is no name for a student"
+                "example kd=out/kd/stage3; teacher is no name for a student"
             )
         return dict(pairs), ""
     folders = {name: args.runs / name / "stage3" for name in (*PLAIN, *ALIGNED)}
     found = {name: folder for name, folder in folders.items() if folder.is_dir()}
-    command = f"`python train.py --out {args.runs}` makes them"
+    command = f"`python -m tiny --out {args.runs}` makes them"
     if not found:
         raise BadInput(f"{args.runs} has no student ({', '.join(folders)}); {command}")
     lost = [name for name in folders if name not in found]
@@ -571,7 +598,7 @@ def find_students(args: argparse.Namespace) -> tuple[dict[str, Path], str]:
 
 
 def add_arguments(commands) -> None:
-    """The subcommands `analyse` and `story` of eval.py, added to its argparse subparsers."""
+    """The subcommand `analyse` of eval.py."""
     single = commands.add_parser("analyse", help="the paper's analyses of attention: figures and numbers")
     single.add_argument("which", nargs="+", choices=ANALYSES, metavar="ANALYSIS", help=" | ".join(ANALYSES))
     for name, text in {"sugarcrepe": "caption pairs", "gqa": "recognition questions"}.items():
@@ -581,17 +608,19 @@ def add_arguments(commands) -> None:
         )  # fmt: skip
     single.add_argument("--image", type=Path, help="of `picture`, with --question (default: test items)")
     single.add_argument("--question", help="of `picture`")
-    whole = commands.add_parser("story", help="all analyses and scores, and one report of what holds here")
-    for parser, out in ((single, "out/ANALYSIS"), (whole, "out/story")):
-        add = parser.add_argument
-        add("--out", type=Path, help=f"new folder for figures and numbers (default: {out})")
-        add("--runs", type=Path, default=Path("out"), help="of `python train.py` (default: %(default)s)")
-        add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
-        add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
-        add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
-        number = dict(type=recipes.number(int, 1), metavar="N")
-        add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
-        add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
+    add_common_arguments(single, "out/ANALYSIS")
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """What `analyse` and the tiny world's `story` have in common."""
+    add, number = parser.add_argument, dict(type=at_least(int, 1), metavar="N")
+    add("--out", type=Path, help=f"new folder for figures and numbers (default: {out})")
+    add("--runs", type=Path, default=Path("out"), help="of `python -m tiny` (default: %(default)s)")
+    add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
+    add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
+    add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
+    add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
+    add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
 
 
 def run(args: argparse.Namespace) -> None:

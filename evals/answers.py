@@ -17,7 +17,6 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 import model
-from checkpoint import BadInput, find
 from evals import benchmarks
 from evals.readers import answer_lines
 from evals.scorers import (
@@ -32,8 +31,10 @@ from evals.scorers import (
     write,
     yes_odds,
 )
-from train import DTYPES
-from training import recipes, resume
+from model import DTYPES
+from support.checkpoint import check_writable, find, fingerprint, lock_file, write_atomically
+from support.errors import BadInput, at_least
+from support.ranks import barrier, rank_and_ranks
 
 BENCH_SCORERS = "choice", "likelihood", "likelihood-per-token", "yes", "generate"
 PAIR_SCORERS = BENCH_SCORERS[1:4]  # of captions, each alone; the other two write a reply to each question
@@ -99,7 +100,7 @@ def parts_of(file: Path) -> list[Path]:
 
 def lock(handle: IO, how: int) -> None:
     """A launcher may be killed and its ranks live on."""
-    resume.hold(handle, how, f"{handle.name} is being written by another process; wait until it ends")
+    lock_file(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
 def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[str, dict]:
@@ -137,24 +138,24 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[st
 
 def write_answers(file: Path, answers: dict[str, dict], order: Iterable[str]) -> None:
     """All answers in one file, in the benchmark's order, then the ranks' parts go. All ranks call."""
-    resume.barrier()
-    if resume.rank_and_ranks()[0] == 0:
+    barrier()
+    if rank_and_ranks()[0] == 0:
         rows = [json.dumps(answers[key], ensure_ascii=False) + "\n" for key in order if key in answers]
-        resume.write_atomically(file, "".join(rows))
+        write_atomically(file, "".join(rows))
         for part in parts_of(file)[1:]:
             part.unlink()
-    resume.barrier()
+    barrier()
 
 
 def answer_file(
     args: argparse.Namespace, file: Path, chosen: dict[str, Line], everything: dict[str, Line]
 ) -> None:
     """Answer all that is not answered yet, a flushed line each; ranks share the batches."""
-    rank, ranks = resume.rank_and_ranks()
+    rank, ranks = rank_and_ranks()
     folder = find(args.model)
     run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
-    run |= {"model": resume.fingerprint(folder), "precision": args.precision}
-    resume.check_writable(file.parent)
+    run |= {"model": fingerprint(folder), "precision": args.precision}
+    check_writable(file.parent)
     answers = answers_so_far(file, run, everything)
     write_answers(file, answers, everything)  # in place of a cut line and of other ranks' parts
     todo = [question for key, question in chosen.items() if key not in answers]
@@ -163,10 +164,10 @@ def answer_file(
     vlm = load(str(folder), args.precision)
     chunks = by_picture([question.picture for question in todo], args.batch_size)[rank::ranks]
     most = benchmarks.BENCHMARKS[args.name].max_new_tokens
-    number, started = sum(map(len, chunks)), time.perf_counter()
+    todo_here, started = sum(map(len, chunks)), time.perf_counter()
     mine = file.with_name(f"{file.name}.rank{rank}") if rank else file
     try:
-        with open(mine, "a", encoding="utf-8") as out, tqdm(total=number, disable=rank > 0) as bar:
+        with open(mine, "a", encoding="utf-8") as out, tqdm(total=todo_here, disable=rank > 0) as bar:
             lock(out, fcntl.LOCK_EX)
             for question, part in answer(vlm, todo, args.scorer, most, chunks, args.workers):
                 row = {**question.line, **part, "model_id": str(args.model), **run}
@@ -177,8 +178,8 @@ def answer_file(
         raise BadInput(f"{mine}: {error.strerror or error}; the same command goes on from here") from None
     if rank == 0:
         seconds = time.perf_counter() - started
-        print(f"{number} answers in {seconds:.1f} s, {number / seconds:.1f} a second and process")
-    resume.barrier()
+        print(f"{todo_here} answers in {seconds:.1f} s, {todo_here / seconds:.1f} a second and process")
+    barrier()
     write_answers(file, answers_so_far(file, run, everything), everything)
 
 
@@ -213,7 +214,7 @@ def summary_file(args: argparse.Namespace, file: Path) -> Path:
     out = args.out or file.with_suffix(f"{kind}.scores.json")
     if out.resolve() == file.resolve():
         raise BadInput(f"{out} holds the answers; choose another --out")
-    resume.check_writable(out.parent)
+    check_writable(out.parent)
     return out
 
 
@@ -261,7 +262,7 @@ def only_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict]
 def bench(args: argparse.Namespace) -> None:
     """Answer and score, or only score: prints a table and writes a JSON."""
     summary, rows, file, out = only_score(args) if args.score_only else ask_and_score(args)
-    if resume.rank_and_ranks()[0] > 0:
+    if rank_and_ranks()[0] > 0:
         return
     print(summary)
     how = {name: getattr(args, name) for name in ("scorer", "as_released", "limit")}
@@ -270,13 +271,13 @@ def bench(args: argparse.Namespace) -> None:
     if unasked := [row["unasked"] for row in rows if "unasked" in row]:
         notes["unasked"] = sum(unasked) / len(unasked)
         print(f"{100 * notes['unasked']:.1f} % of {len(rows)} replies began with an option unasked")
-    resume.write_atomically(out, json.dumps(notes | summary.json(), indent=1))
+    write_atomically(out, json.dumps(notes | summary.json(), indent=1))
     print(f"{file} and {out}")
 
 
 def add_arguments(commands) -> None:
     command = commands.add_parser("bench", help="one of the eleven benchmarks, from its native files")
-    whole, add = recipes.number(int, 1), command.add_argument
+    whole, add = at_least(int, 1), command.add_argument
     add("name", choices=list(benchmarks.BENCHMARKS))
     add("--annotations", type=Path, required=True, help="file or folder, as readers.py says")
     add("--images", type=Path, help="folder of the pictures")
@@ -287,6 +288,6 @@ def add_arguments(commands) -> None:
     add("--out", type=Path, metavar="JSON", help="the summary (default: beside the answers, .scores.json)")
     add("--limit", type=whole, metavar="N", help="about N pairs or questions, evenly spread (default: all)")
     add("--batch-size", type=whole, default=32, help="questions at a time (default: %(default)s)")
-    add("--workers", type=recipes.number(int, 0), default=0, help="that decode pictures (default: 0)")
+    add("--workers", type=at_least(int, 0), default=0, help="that decode pictures (default: 0)")
     add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
     add("--as-released", action="store_true", help="the released texts, and parser of --scorer generate")

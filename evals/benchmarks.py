@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from checkpoint import BadInput
 from evals.metrics import (
     Estimate,
     Row,
@@ -55,6 +54,7 @@ from evals.readers import (
     vqav2,
     winoground,
 )
+from support.errors import BadInput
 
 
 def markdown(head: list[str], lines: list[list]) -> str:

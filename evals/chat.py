@@ -22,20 +22,20 @@ from PIL import Image
 
 import data
 import distill
-import layouts
 import model
-from checkpoint import BadInput, sentence
 from evals import pictures, scorers
-from qwen import Cache, Look
-from train import DTYPES
-from training import recipes
+from lean import VisualAttention
+from model import DTYPES
+from qwen import Cache
+from support import layouts
+from support.errors import BadInput, at_least, sentence
 
 HELP = """A line is a question. Besides there are
   /image FILE   talk about another picture, in a new conversation
   /attention    save a picture of where the model looked for its last answer
   /new          a new conversation about the same picture
   /help         this
-  /quit         end, as Ctrl-D does; Ctrl-C stops an answer"""
+  /quit         end, as Ctrl-D and Ctrl-C do; while it answers Ctrl-C stops the answer"""
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and line break
 
 
@@ -94,13 +94,14 @@ class Conversation:
         vlm, before = self.vlm, self.start - 1
         rows = self.ids[before:-1] or self.ids[before:]  # an empty answer: the position that ended it
         columns = (torch.tensor(self.ids) == data.IMAGE_TOKEN).nonzero().T.to(vlm.device)  # (1,P)
-        layers = distill.understanding_layers(len(vlm.lm.model.layers))
-        embeds = vlm.embed(torch.tensor([rows], device=vlm.device))
-        _, (maps,) = vlm.lm.hidden(  # one map (1,R,P)
-            inputs_embeds=embeds,
+        layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
+        out = vlm.lm(
+            inputs_embeds=vlm.embed(torch.tensor([rows], device=vlm.device)),
             cache=beginning(self.cache, before)[0],
-            look=Look([layers], slice(0, len(rows)), columns),
+            requests=dict.fromkeys(layers, VisualAttention(slice(0, len(rows)), columns)),
+            logits=False,
         )
+        maps = torch.cat(list(out.attentions.values()))  # k of (1,R,P) -> (k,R,P)
         return pictures.on_patches(vlm, maps.mean((0, 1)))
 
     def save_attention(self) -> Path:
@@ -131,18 +132,21 @@ def say(pieces: Iterator[str]) -> None:
 
 
 def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
-    """The prompt loop, to Ctrl-D, /quit, or Ctrl-C twice."""
+    """The prompt loop, to Ctrl-D, Ctrl-C or /quit; while a model answers Ctrl-C only stops its answer."""
     try:
-        import readline  # input() then has arrow keys and a history
+        import readline  # noqa: F401 (input() then has arrow keys and a history)
     except ImportError:
-        readline = None
+        pass
     sys.stdin.reconfigure(errors="replace")
-    chat, interrupted = Conversation(vlm, picture), False
+    chat = Conversation(vlm, picture)
     print(f"{picture or 'No picture'}. Ask, or /help.")
     while True:
         try:
             line = input("> ").strip()
-            interrupted, (command, _, rest) = False, line.partition(" ")
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        command, _, rest = line.partition(" ")
+        try:
             if command == "/quit":
                 return
             elif command == "/image":
@@ -160,13 +164,8 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
                 print(HELP if command == "/help" else f"{command} is no command; /help lists them")
             elif line:
                 say(chat.ask(line, max_new_tokens))
-        except EOFError:
-            return print()
         except KeyboardInterrupt:
-            if interrupted and not (readline and readline.get_line_buffer()):  # a line is only wiped out
-                return print()
-            interrupted = True
-            print("\n(stopped; Ctrl-C again or Ctrl-D ends)")
+            print("\n(stopped)")
         except ValueError as error:  # BadInput among them: the conversation goes on
             print(f"error: {sentence(error)}")
 
@@ -182,8 +181,8 @@ def add_arguments(commands) -> None:
     add("--question", help="only this: prints the answer and ends")
     add("--template", choices=layouts.TEMPLATES, help="of the prompt (default: what fits the checkpoint)")
     add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
-    length = recipes.number(int, 1)
-    add("--max-new-tokens", type=length, default=512, metavar="N", help="an answer (default: %(default)s)")
+    length = dict(type=at_least(int, 1), metavar="N")
+    add("--max-new-tokens", default=512, help="of an answer (default: %(default)s)", **length)
 
 
 def run(args: argparse.Namespace) -> None:

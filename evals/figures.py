@@ -13,10 +13,10 @@ NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotl
 # Okabe and Ito's colours, told apart by colour-blind readers too; each model has a marker of its own besides.
 STYLES = {
     "teacher": ("#000000", "o"),
-    "SFT": ("#E69F00", "s"),
-    "KD": ("#56B4E9", "^"),
-    "CompoDistill": ("#009E73", "D"),
-    "CompoDistill-rows": ("#D55E00", "v"),
+    "sft": ("#E69F00", "s"),
+    "kd": ("#56B4E9", "^"),
+    "compodistill": ("#009E73", "D"),
+    "compodistill-rows": ("#D55E00", "v"),
 }
 OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"), ("#F0E442", "*"))
 

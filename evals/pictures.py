@@ -14,24 +14,23 @@ from torch import Tensor
 
 import data
 import distill
+import lean
 import model
-from checkpoint import BadInput
 from evals.scorers import batches, prompt
-from qwen import Look
+from support.errors import BadInput
 
 
 @torch.no_grad()
 def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
-    """Where the text after the picture looks: mean over heads, understanding layers and text queries.
+    """Where the text after the picture looks -> (side, side), the attention that falls on each patch.
 
-    -> (side, side), the attention that falls on each patch.
+    Mean over heads, understanding layers and text queries.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
-    text = distill.query_rows("text", batch["visual_columns"], batch["has_image"], batch["attention_mask"])
-    layers = distill.understanding_layers(len(vlm.lm.model.layers))
-    look = Look([layers], distill.span(text), batch["visual_columns"])
-    _, (attention,) = vlm.hidden(batch["input_ids"], batch["pixel_values"], look=look)  # (1,R,P)
-    return on_patches(vlm, attention.mean((0, 1)))
+    request, _ = lean.request_rows(batch, "text")
+    requests = dict.fromkeys(distill.understanding_layers(vlm.config.text.num_hidden_layers), request)
+    out = vlm(batch["input_ids"], batch["pixel_values"], requests=requests, logits=False)
+    return on_patches(vlm, torch.cat(list(out.attentions.values())).mean((0, 1)))  # k of (1,R,P) -> (P,)
 
 
 def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:

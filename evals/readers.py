@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoint import BadInput
 from data import inside
+from support.errors import BadInput
 
 LETTERS = "ABCDEF"
 YES_NO = ("yes", "no")

@@ -3,16 +3,10 @@
 Prompts to one picture share the template, the picture and the beginning of the question: these run once, and
 their keys and values serve every prompt (`prefill`). Logits are made only where a scorer reads them.
 
-A caption pair is (true caption, hard negative) of one picture. A pair is right
-    yes         if P(yes | true caption) > P(yes | negative), each asked alone
-    choice      as often as its letter is preferred, offered as (A) and as (B)
-    likelihood  if the true caption is the likelier reply to a request to describe the picture
-
 Shapes: R or B prompts, N pictures, T tokens, P visual tokens, C width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -24,18 +18,15 @@ from torch.nn.utils.rnn import pad_sequence
 
 import data
 import model
-from checkpoint import BadInput
-from evals import benchmarks
 from qwen import Cache
-from tiny.world import DESCRIBE, caption_question
-from train import DTYPES, pick_device
+from support.errors import BadInput
 
 BATCH = 256  # prompts scored at once
 
 
 def load(name: str, precision: str = "fp32") -> model.VLM:
     """A checkpoint that can be asked questions, on the GPU (under torchrun this rank's) if there is one."""
-    vlm = model.load(name, DTYPES[precision], pick_device())
+    vlm = model.load(name, model.DTYPES[precision], model.pick_device())
     try:
         vlm.require_tokenizer()
     except BadInput as error:
@@ -127,7 +118,7 @@ def prefill(vlm: model.VLM, asks: list[Ask], owner: list[int], pixels: Tensor) -
     shared = min(common(prompts), min(map(len, prompts)) - 1)  # the end of each prompt is still to be read
     cache = Cache(len(vlm.lm.model.layers))
     ids = torch.tensor([prompts[0][:shared]], device=vlm.device).expand(len(pixels), -1)
-    vlm.lm.hidden(inputs_embeds=vlm.embed(ids, pixels.to(vlm.device)), cache=cache)
+    vlm.lm(inputs_embeds=vlm.embed(ids, pixels.to(vlm.device)), cache=cache, logits=False)
     rows = torch.tensor(owner, device=vlm.device)
     cache.visible = cache.visible[rows]
     for layer in cache.layers:
@@ -148,7 +139,7 @@ def common(rows: list[list[int]]) -> int:
 @torch.no_grad()
 def log_probabilities(vlm: model.VLM, batch: Batch) -> Iterator[Tensor]:
     """For each row (n+1,V): of what comes after the prompt, and after each of the n tokens of its `then`."""
-    hidden, _ = vlm.lm.hidden(batch.ids, batch.mask, cache=batch.cache)  # (R,T,C)
+    hidden = vlm.lm(batch.ids, batch.mask, cache=batch.cache, logits=False).hidden  # (R,T,C)
     # only there are logits needed
     rows = [row[end : end + len(then) + 1] for row, end, then in zip(hidden, batch.ends, batch.thens)]
     head = vlm.lm.head_weight.float()  # in bfloat16 near logits would tie
@@ -186,8 +177,9 @@ def option_tokens(vlm: model.VLM, names: tuple[str, ...]) -> Options:
 
 
 def choose(vlm: model.VLM, batch: Batch, options: list[Options]) -> list[tuple[str, dict, bool]]:
-    """The option that greedy writing would choose if it had to choose one -> of each row the option, log P
-    of every option, and whether the model would have begun with it unasked.
+    """The option that greedy writing would choose if it had to choose one.
+
+    Of each row the option, log P of every option, and whether the model would have begun with it unasked.
     """
     chosen = []
     for log_p, some in zip(log_probabilities(vlm, batch), options):
@@ -224,9 +216,6 @@ def described(vlm: model.VLM, picture: Path, question: str, caption: str) -> Ask
     return Ask(picture, question, (*words(vlm, caption.strip()), vlm.stop_ids[0]))
 
 
-# ---------------------------------------------------------------- scorers of caption pairs
-
-
 def of_all(vlm: model.VLM, asks: list[Ask], score: Callable, size: int = BATCH) -> list:
     """score(vlm, batch) of all prompts, in their order."""
     results = [None] * len(asks)
@@ -234,49 +223,3 @@ def of_all(vlm: model.VLM, asks: list[Ask], score: Callable, size: int = BATCH) 
         for i, result in zip(chunk, score(vlm, batch)):
             results[i] = result
     return results
-
-
-def paired_yes(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
-    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption; ties are wrong."""
-    lead = option_tokens(vlm, ("yes", "no")).lead
-    asks = [
-        Ask(picture, caption_question(caption), lead) for picture, *captions in pairs for caption in captions
-    ]
-    odds = of_all(vlm, asks, yes_odds)
-    return [float(true > wrong) for true, wrong in zip(odds[::2], odds[1::2])]
-
-
-def choice_ab(vlm: model.VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
-    """Both orders: 1.0, 0.5 or 0.0 for how often the true caption's letter is the likelier of A and B."""
-    options = option_tokens(vlm, ("A", "B"))
-    items = [
-        item
-        for picture, *captions in pairs
-        for item in benchmarks.choices(benchmarks.Pair("", picture, tuple(captions), (), ""))
-    ]
-    asks = [Ask(item.image, item.question, options.lead) for item in items]
-    chosen = of_all(vlm, asks, lambda vlm, batch: choose(vlm, batch, [options] * len(batch.ends)))
-    margins = [scores["A"] - scores["B"] for _, scores, _ in chosen]
-    return [((a > 0) + (b < 0)) / 2 for a, b in zip(margins[::2], margins[1::2])]
-
-
-def caption_likelihood(vlm: model.VLM, pairs: list[tuple[Path, str, str]], mean: bool = False) -> list[float]:
-    """1.0 where log P(caption | picture, DESCRIBE) is higher for the true caption; `mean`: per token."""
-    asks = [described(vlm, picture, DESCRIBE, caption) for picture, *two in pairs for caption in two]
-    scores = [total / (n if mean else 1) for total, n in of_all(vlm, asks, likelihoods, BATCH // 4)]
-    return [float(true > wrong) for true, wrong in zip(scores[::2], scores[1::2])]
-
-
-SCORERS = {
-    "yes": paired_yes,
-    "choice": choice_ab,
-    "likelihood": caption_likelihood,
-    "likelihood-per-token": partial(caption_likelihood, mean=True),
-}
-
-
-def exact_answers(vlm: model.VLM, items: list[tuple[Path, str, str]]) -> list[float]:
-    """1.0 where the greedy answer to (picture, question) is the expected one, letter for letter."""
-    asks = [Ask(picture, question) for picture, question, _ in items]
-    replies = of_all(vlm, asks, partial(write, max_new_tokens=4))
-    return [float(reply == answer) for reply, (_, _, answer) in zip(replies, items)]

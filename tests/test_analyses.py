@@ -19,12 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
-import train
-from checkpoint import BadInput
-from evals import analyses, scorers, story
-from evals.analyses import Question
-from qwen import Guide, Look, Qwen, QwenConfig, guided, rope_angles, rotate
-from tiny.world import COMPOSITION, make_world, tiny_items
+from support.errors import BadInput
+from evals import analyses
+from evals.analyses import Guided, Question
+from helpers import in_full
+from lean import VisualAttention
+from qwen import Qwen, QwenConfig, rope_angles, rotate
+from support.layouts import VLMConfig
+from support.world import TINY, COMPOSITION, make_world, tiny_items
+from tiny import story
+from tiny.scores import paired_yes
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def world(tmp_path_factory):
 def new_student(teacher, seed=0):
     """A student with a random adapter, its attention sharpened, so that its maps differ from head to head."""
     torch.manual_seed(seed)
-    lm = Qwen.load(train.TINY / "student")
+    lm = model.load_lm(TINY / "student")
     with torch.no_grad():
         for layer in lm.model.layers:
             layer.self_attn.q_proj.weight.mul_(2)
@@ -136,7 +140,7 @@ def maps_of(vlm, question):
     """Head means (L,T,T) of one prompt alone."""
     ids, pixels, columns = prompt_of(vlm, question)
     layers = range(len(vlm.lm.model.layers))
-    whole = vlm(ids, pixels, attention_layers=layers).attentions
+    whole = vlm(ids, pixels, requests=in_full(*layers)).attentions
     return [whole[layer][0].mean(0).detach().numpy().astype(float) for layer in layers], columns
 
 
@@ -195,13 +199,13 @@ def test_guided_by_hand():
     A = torch.tensor([[[[0.5, 0.1, 0.2, 0.2]], [[0.1, 0.7, 0.2, 0.0]]]])  # (1,2,1,4)
     M = torch.tensor([[[0.4, 0.3]]])  # of keys 3 and 1
     columns = torch.tensor([[3, 1]])
-    half = guided(A, Guide(M, columns, 0.5))[0, :, 0]
+    half = Guided(M, columns, 0.5).mixed(A)[0, :, 0]
     expected = torch.tensor([[0.5, 0.2, 0.2, 0.3], [0.1, 0.5, 0.2, 0.2]])  # sums 1.2 and 1
     torch.testing.assert_close(half, expected / torch.tensor([[1.2], [1.0]]))
-    full = guided(A, Guide(M, columns, 1.0))[0, :, 0]
+    full = Guided(M, columns, 1.0).mixed(A)[0, :, 0]
     expected = torch.tensor([[0.5, 0.3, 0.2, 0.4], [0.1, 0.3, 0.2, 0.4]])
     torch.testing.assert_close(full, expected / torch.tensor([[1.4], [1.0]]))
-    torch.testing.assert_close(guided(A, Guide(M, columns, 0.0)), A)
+    torch.testing.assert_close(Guided(M, columns, 0.0).mixed(A), A)
 
 
 SIZES = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
@@ -220,18 +224,18 @@ def random_lm(**changes):
 def test_a_guide_changes_its_layer_and_what_follows():
     lm, ids, columns = random_lm(), torch.randint(0, 61, (2, 8)), torch.tensor([[1, 2, 3], [4, 2, 3]])
     maps = torch.rand(2, 8, 3).tril(-1)
-    guide = {1: Guide(maps, columns, 0.5)}
-    hidden, plain = lm.hidden(ids, attention_layers=[0, 1, 2])
-    changed, whole = lm.hidden(ids, attention_layers=[0, 1, 2], guides=guide)
-    torch.testing.assert_close(whole[0], plain[0])
-    torch.testing.assert_close(whole[1], guided(plain[1], guide[1]))
-    assert (whole[2] - plain[2]).abs().max() > 1e-3 and (changed - hidden).abs().max() > 1e-3
-    alone, nothing = lm.hidden(ids, guides=guide)
-    torch.testing.assert_close(alone, changed)
-    assert nothing == {}
+    guide = Guided(maps, columns, 0.5)
+    plain = lm(ids, requests=in_full(0, 1, 2))
+    forced = lm(ids, requests=in_full(0, 2) | {1: guide})
+    torch.testing.assert_close(forced.attentions[0], plain.attentions[0])
+    assert forced.attentions[1] is None
+    assert (forced.attentions[2] - plain.attentions[2]).abs().max() > 1e-3
+    changed = lm(ids, requests={1: guide}).hidden
+    torch.testing.assert_close(changed, forced.hidden)
+    assert (changed - plain.hidden).abs().max() > 1e-3
     padded = torch.cat([ids, torch.zeros(2, 2, dtype=torch.long)], 1)  # rows after the prompt change nothing
-    more = {1: Guide(torch.cat([maps, torch.rand(2, 2, 3)], 1), columns, 0.5)}
-    torch.testing.assert_close(lm.hidden(padded, guides=more)[0][:, :8], changed, rtol=1e-4, atol=1e-5)
+    more = {1: Guided(torch.cat([maps, torch.rand(2, 2, 3)], 1), columns, 0.5)}
+    torch.testing.assert_close(lm(padded, requests=more).hidden[:, :8], changed, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -239,18 +243,9 @@ def test_a_guide_changes_its_layer_and_what_follows():
 def test_a_single_heads_own_map_changes_nothing(share):
     lm = random_lm(num_attention_heads=1, num_key_value_heads=1)
     ids, columns = torch.randint(0, 61, (2, 8)), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    hidden, maps = lm.hidden(ids, look=Look([[0], [1], [2]], slice(0, 8), columns))
-    guides = {layer: Guide(own, columns, share) for layer, own in enumerate(maps)}
-    torch.testing.assert_close(lm.hidden(ids, guides=guides)[0], hidden, rtol=1e-4, atol=1e-5)
-
-
-def test_guides_where_there_is_no_layer_or_a_look():
-    lm, ids, columns = random_lm(), torch.randint(0, 61, (1, 8)), torch.tensor([[1, 2]])
-    guide = Guide(torch.zeros(1, 8, 2), columns, 0.5)
-    with pytest.raises(ValueError, match="layers 0 to 2"):
-        lm.hidden(ids, guides={3: guide})
-    with pytest.raises(ValueError, match="exclude each other"):
-        lm.hidden(ids, guides={1: guide}, look=Look([[0]], slice(0, 8), columns))
+    plain = lm(ids, requests=dict.fromkeys(range(3), VisualAttention(slice(0, 8), columns)))
+    guides = {layer: Guided(own, columns, share) for layer, own in plain.attentions.items()}
+    torch.testing.assert_close(lm(ids, requests=guides).hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 
 
 def slow_logits(vlm, question, goals, share):
@@ -325,7 +320,7 @@ def test_scores_as_it_is_are_those_of_the_paired_scorer(teacher, student, world)
     found = analyses.intervene(teacher, {"student": student}, asked)
     for name, vlm in (("teacher", teacher), ("student", student)):
         hits = analyses.pair_hits(found[name]["as it is"])
-        assert (hits / 100).tolist() == scorers.paired_yes(vlm, pairs)
+        assert (hits / 100).tolist() == paired_yes(vlm, pairs)
 
 
 # ---------------------------------------------------------------- memory
@@ -360,19 +355,19 @@ def test_maps_do_not_fill_memory():
     """400 tokens, 300 of them visual, 60 text rows: what observe and intervene ask for, against all maps."""
     lm, T, L = random_lm(num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=8), 400, 6
     ids, columns = torch.randint(0, 61, (2, T)), torch.arange(20, 320).expand(2, -1)
-    look = Look([[layer] for layer in range(L)], slice(340, T), torch.arange(T).expand(2, -1))
-    guides = {layer: Guide(torch.rand(2, T, 300).tril(-20), columns, 0.5) for layer in (2, 3, 4)}
+    text = VisualAttention(slice(340, T), torch.arange(T).expand(2, -1))
+    guides = {layer: Guided(torch.rand(2, T, 300).tril(-20), columns, 0.5) for layer in (2, 3, 4)}
 
-    def peak(**kwargs):
+    def peak(requests=None):
         with LiveBytes() as live:
-            lm.hidden(ids, **kwargs)
+            lm(ids, requests=requests, logits=False)
         return live.peak
 
     one = 4 * 2 * 8 * T * T  # bytes of one layer's map with heads
-    everything = peak(attention_layers=range(L))
+    everything = peak(in_full(*range(L)))
     assert everything > L * one  # the measure sees what is kept
     plain = peak()
-    looked, forced = peak(look=look), peak(guides=guides)
+    looked, forced = peak(dict.fromkeys(range(L), text)), peak(guides)
     assert looked < plain + L * 4 * 2 * 60 * T + one / 2 < everything / 3
     assert forced < everything / 1.5
 
@@ -525,13 +520,13 @@ def made_up_study(sft, forced, aligned, rng):
     observed = {
         items: {
             "teacher": analyses.Observed(np.ones(n), mass(n, 6), {}),
-            "SFT": seen(n, 0.3, True),
-            "KD": seen(n, 0.4, True),
-            "CompoDistill": seen(n, 0.8, False),
+            "sft": seen(n, 0.3, True),
+            "kd": seen(n, 0.4, True),
+            "compodistill": seen(n, 0.8, False),
         }
         for items, n in (("recognition", 100), ("compositional", 700))
     }
-    scores = {"SFT": (sft, forced), "KD": (sft, forced), "CompoDistill": (aligned, aligned - 10)}
+    scores = {"sft": (sft, forced), "kd": (sft, forced), "compodistill": (aligned, aligned - 10)}
     intervened = {"teacher": {"as it is": odds(98)}} | {
         name: {"as it is": odds(plain), "mean": odds(mixed), "full": odds(mixed - 20)}
         | {"own mean": odds(plain), "other picture": odds(mixed - 8)}
@@ -544,23 +539,24 @@ def made_up_study(sft, forced, aligned, rng):
 
 def test_the_story_says_what_the_numbers_say(monkeypatch):
     monkeypatch.setattr(analyses, "RESAMPLES", 200)
-    recognised = {name: np.ones(100) for name in ("teacher", "SFT", "KD", "CompoDistill")}
+    recognised = {name: np.ones(100) for name in ("teacher", "sft", "kd", "compodistill")}
     rng = np.random.default_rng(0)
     good = story.report(made_up_study(60, 76, 90, rng), recognised, "", figures=True)
     verdicts = re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", good, re.M)
     assert verdicts[0] == verdicts[2] == verdicts[3] == "holds" and "**3 of 4 links hold.**" in good
     assert verdicts[1] == "in part: 2 of 3 claims hold"
-    assert "SFT: cosine over text minus over image tokens: +0.25" in good  # 0.6 - 0.35
-    assert "CompoDistill minus SFT with the teacher's attention mixed in, points: +14.00" in good
+    assert "sft: cosine over text minus over image tokens: +0.25" in good  # 0.6 - 0.35
+    assert "compodistill minus sft with the teacher's attention mixed in, points: +14.00" in good
     chance = story.report(made_up_study(50, 40, 90, rng), recognised, "", figures=True)
     assert re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", chance, re.M)[2] == "not tested"
     bad = story.report(made_up_study(66, 50, 66, rng), recognised, "Not found: x.", figures=False)
     verdicts = re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", bad, re.M)
     assert verdicts[2] == "the opposite holds" and verdicts[3] == "in part: 2 of 3 claims hold"
-    assert "Not found: x." in bad and "hurts SFT (-36.0" in bad
+    assert "Not found: x." in bad
     assert "similarity.png" not in bad and "pip install matplotlib" in bad and "picture.png" in bad
-    assert "| SFT | 100.0 [100.0, 100.0] | 66.0 [" in bad  # its scores as it is
-    assert "on recognition items KD is nearer than SFT (+0.1" in bad
+    assert "| sft | 100.0 [100.0, 100.0] | 66.0 [" in bad  # its scores as it is
+    row = "| sft | mean | 50.0 | 50.0 | 50.0 | 50.0 | -16.0 [-"  # 66 - 50; its own mean has 66, the other's 42
+    assert re.search(re.escape(row) + r"[^|]*\| -16.0 [^|]*\| 8.0 ", bad)
 
 
 # ---------------------------------------------------------------- the command line
@@ -568,16 +564,18 @@ def test_the_story_says_what_the_numbers_say(monkeypatch):
 
 def call(*argv):
     parser = argparse.ArgumentParser()
-    analyses.add_arguments(parser.add_subparsers(dest="command", required=True))
+    commands = parser.add_subparsers(dest="command", required=True)
+    analyses.add_arguments(commands)
+    analyses.add_common_arguments(commands.add_parser("story"), "out/story")
     args = parser.parse_args([str(word) for word in argv])
     (story.story if args.command == "story" else analyses.run)(args)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, teacher, world):
-    """What train.py would have written, of two students that have learned nothing."""
+    """What `python -m tiny` would have written, of two students that have learned nothing."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed, name in enumerate(("KD", "CompoDistill")):
+    for seed, name in enumerate(("kd", "compodistill")):
         new_student(teacher, seed).save(folder / name / "stage3")
     return folder
 
@@ -587,7 +585,7 @@ def test_story_runs_through(runs, world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(analyses, "RESAMPLES", 50)
     call("story", "--runs", runs, "--world", world, "--limit", 5, "--out", tmp_path / "s")
     report = (tmp_path / "s/report.md").read_text()
-    lost = f"Not found under {runs}: SFT, CompoDistill-rows; `python train.py --out {runs}` makes them"
+    lost = f"Not found under {runs}: sft, compodistill-rows; `python -m tiny --out {runs}` makes them"
     assert lost in report
     linked = re.findall(r"\]\(([\w.]+)\)", report)
     drawn = analyses.ANALYSES if importlib.util.find_spec("matplotlib") else ["picture"]
@@ -616,7 +614,7 @@ def test_without_matplotlib_the_numbers_are_there(runs, world, tmp_path, capsys,
     assert names == [f"{n}.{e}" for n in ("correlation", "groups", "similarity") for e in ("csv", "json")]
     assert "pip install matplotlib" in capsys.readouterr().err
     rows = json.loads((tmp_path / "a/similarity.json").read_text())
-    some = [row for row in rows if row["model"] == "KD" and row["tokens"] == "image"]
+    some = [row for row in rows if row["model"] == "kd" and row["tokens"] == "image"]
     assert [row["teacher_layers"] for row in some[:5]] == ["0", "1", "2 3", "3 4", "5"]
     assert [row["understanding"] for row in some[:5]] == [False, False, True, True, False]
 
@@ -648,8 +646,8 @@ def test_bad_input_is_one_sentence(runs, world, teacher, tmp_path):
         vlm.save(tmp_path / name)
         return ["--students", f"A={tmp_path / name}"]
 
-    refused("nowhere has no student .*python train.py --out", *one, "--runs", "nowhere")
-    refused("--students KD: give each as NAME=FOLDER", *one, "--students", "KD")
+    refused("nowhere has no student .*python -m tiny --out", *one, "--runs", "nowhere")
+    refused("--students kd: give each as NAME=FOLDER", *one, "--students", "kd")
     refused("every name once", *one, "--students", "A=x", "A=y")
     refused("no name for a student", *one, "--students", "teacher=x")
     refused("nowhere: no such folder", *one, "--students", "A=nowhere")
@@ -658,7 +656,7 @@ def test_bad_input_is_one_sentence(runs, world, teacher, tmp_path):
     refused("nowhere does not exist", *one, "--runs", runs, "--sugarcrepe", "nowhere", tmp_path)
 
     deep = QwenConfig(**{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 9})
-    deep = model.VLM(model.VLMConfig(teacher.config.vision, deep), teacher.tokenizer)
+    deep = model.VLM(VLMConfig(teacher.config.vision, deep), teacher.tokenizer)
     refused("deep: .*cannot be matched", *one, *student_of("deep", deep))
     other = new_student(teacher)
     other.tokenizer = Tokenizer.from_str(teacher.tokenizer.to_str())

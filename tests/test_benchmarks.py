@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from checkpoint import BadInput
+from support.errors import BadInput
 from evals import metrics
 from evals.benchmarks import BENCHMARKS, match_answers, read, read_pairs, score, score_file, score_pairs
 from evals.metrics import (

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -22,13 +23,14 @@ from test_model import PICTURE, tiny, tiny_tokenizer
 from tokenizers import Tokenizer
 
 import data
-import layouts
+from support import layouts
 import model
-from checkpoint import BadInput
+from support.errors import BadInput
 from data import IMAGE_TOKEN
+from helpers import in_full
 from evals import chat
 from evals.chat import Conversation
-from tiny.world import make_world
+from support.world import make_world
 
 ROOT = Path(chat.__file__).parent.parent
 TEACHER = ROOT / "tiny/teacher"
@@ -400,7 +402,7 @@ def test_attention_is_that_of_the_answering_positions(turns, drop, noise):
     for question in QUESTIONS[:turns]:
         list(talk.ask(question, 6))
     ids = torch.tensor([talk.ids])
-    maps = vlm(ids, data.preprocess(noise, 28)[None], attention_layers=[0, 1, 2]).attentions
+    maps = vlm(ids, data.preprocess(noise, 28)[None], requests=in_full(0, 1, 2)).attentions
     columns = (ids[0] == IMAGE_TOKEN).nonzero()[:, 0]
     rows = range(len(talk.ids) - 7, len(talk.ids) - 1)  # each is followed by a token of the answer
     both = (maps[1] + maps[2])[0].mean(0) / 2  # of three layers the second and third begin in 30 to 70 %
@@ -419,10 +421,10 @@ def test_of_an_empty_answer_it_is_the_position_that_ended_it(noise):
     vlm = talker()
     ids, pixels = torch.tensor([ids_of(vlm.tokenizer, CHAT)]), data.preprocess(noise, 28)[None]
     stop = vlm.stop_ids[0]
-    vlm.lm.lm_head.weight.zero_()[stop] = vlm.hidden(ids, pixels)[0][0, -1]
+    vlm.lm.lm_head.weight.zero_()[stop] = vlm(ids, pixels).hidden[0, -1]
     talk = Conversation(vlm, noise)
     assert "".join(talk.ask("What is it?")) == "" and talk.ids == ids[0].tolist()
-    maps = vlm(ids, pixels, attention_layers=[1, 2]).attentions
+    maps = vlm(ids, pixels, requests=in_full(1, 2)).attentions
     expected = (maps[1] + maps[2])[0].mean(0)[-1, ids[0] == IMAGE_TOKEN] / 2
     assert np.allclose(talk.attention().ravel(), expected.numpy(), atol=1e-6) and expected.min() > 1e-4
 
@@ -523,13 +525,26 @@ def command(*argv) -> list[str]:
 
 
 class Terminal:
-    """A program at a pseudo terminal of its own, on which Ctrl-C is a key like any other."""
+    """A program at a pseudo terminal of its own, on which Ctrl-C is a key like any other.
+
+    Used in a `with` block, at whose end it is gone, whatever happens: what it computes it would compute for ever.
+    """
 
     def __init__(self, folder: Path, *argv):
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job has it ignored
             os.chdir(folder)
             os.execve(sys.executable, command(*argv), ENVIRONMENT)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.screen)
 
     def until(self, text: str) -> str:
         """What appears, up to this text, with the line breaks of a file."""
@@ -565,7 +580,7 @@ class Terminal:
         except OSError:
             pass
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        os.close(self.screen)
+        self.pid = 0
         return status
 
 
@@ -577,30 +592,27 @@ def endless(tmp_path_factory) -> Path:
     return folder
 
 
-def test_ctrl_c_stops_an_answer_and_the_second_ends(endless, noise, tmp_path):
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends(endless, noise, tmp_path):
     (tmp_path / "broken.png").write_bytes(noise.read_bytes()[:300])
-    terminal = Terminal(tmp_path, "--model", endless, "--image", noise, "--max-new-tokens", 90_000)
-    terminal.until(f"{noise}. Ask, or /help.\n> ")
-    terminal.type("What is it?\r").until("yes, oléolé")  # the answer is being written
-    terminal.type("\x03").until("(stopped; Ctrl-C again or Ctrl-D ends)\n> ")
-    terminal.type("/image broken.png\r").until("error: broken.png cannot be read as a picture")
-    terminal.until("> ")
-    terminal.type("/attention\r").until("attention-1.png\n> ")  # of the answer that was stopped
-    terminal.type("And now?\r").until("yes, oléolé")  # the conversation goes on
-    terminal.type("\x03").until("(stopped; Ctrl-C again or Ctrl-D ends)\n> ")
-    terminal.type("half a line").until("half a line")
-    terminal.ctrl_c().until("ends)\n> ")  # wipes out the line and no more
-    assert terminal.ctrl_c().status() == 0
+    with Terminal(tmp_path, "--model", endless, "--image", noise, "--max-new-tokens", 90_000) as terminal:
+        terminal.until(f"{noise}. Ask, or /help.\n> ")
+        terminal.type("What is it?\r").until("yes, oléolé")  # the answer is being written
+        terminal.type("\x03").until("(stopped)\n> ")
+        terminal.type("/image broken.png\r").until("error: broken.png cannot be read as a picture")
+        terminal.until("> ")
+        terminal.type("/attention\r").until("attention-1.png\n> ")  # of the answer that was stopped
+        terminal.type("And now?\r").until("yes, oléolé")  # the conversation goes on
+        terminal.type("\x03").until("(stopped)\n> ")
+        assert terminal.ctrl_c().status() == 0
     assert sorted(os.listdir(tmp_path)) == ["attention-1.png", "broken.png"]
 
 
 def test_ctrl_d_ends_and_lines_have_a_history(endless, tmp_path):
-    terminal = Terminal(tmp_path, "--model", endless, "--max-new-tokens", 8)
-    terminal.until("No picture. Ask, or /help.\n> ")
-    assert terminal.type("What is it?\r").until("> ").endswith("yes, ol\n> ")  # half a letter is not shown
-    assert terminal.type("\x1b[A\r").until("> ").endswith("What is it?\nyes, ol\n> ")  # arrow up
-    terminal.ctrl_c().until("(stopped; Ctrl-C again or Ctrl-D ends)\n> ")
-    assert terminal.type("\x04").status() == 0
+    with Terminal(tmp_path, "--model", endless, "--max-new-tokens", 8) as terminal:
+        terminal.until("No picture. Ask, or /help.\n> ")
+        assert terminal.type("What is it?\r").until("> ").endswith("yes, ol\n> ")  # half a letter is not shown
+        assert terminal.type("\x1b[A\r").until("> ").endswith("What is it?\nyes, ol\n> ")  # arrow up
+        assert terminal.type("\x04").status() == 0
 
 
 def test_a_reader_who_has_seen_enough(endless):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model
-from checkpoint import BadInput, find, tensor_names, weight_files, write_folder
+from support.checkpoint import find, tensor_names, weight_files, write_folder
+from support.errors import BadInput
 from qwen import Qwen, QwenConfig
-from siglip import Siglip
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,28 +81,28 @@ def refused(load, path, *named) -> str:
 
 
 def test_sound_checkpoint_loads_whole_and_in_shards(folder):
-    whole, names = Qwen.load(folder).state_dict(), tensor_names(folder)
+    whole, names = model.load_lm(folder).state_dict(), tensor_names(folder)
     assert sorted(names) == sorted(whole)
     shards = shard(folder)
     assert weight_files(folder) == shards and sorted(tensor_names(folder)) == sorted(names)
-    again = Qwen.load(str(folder)).state_dict()
+    again = model.load_lm(str(folder)).state_dict()
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 # ---------------------------------------------------------------- folders and JSON
 
 
-@pytest.mark.parametrize("load", [model.load, Qwen.load, Siglip.load])
+@pytest.mark.parametrize("load", [model.load, model.load_lm, model.load_vision])
 def test_missing_folder(load, tmp_path):
     refused(load, tmp_path / "nowhere", tmp_path / "nowhere", "no such folder")
 
 
 def test_a_file_instead_of_a_folder(folder):
     file = folder / "model.safetensors"
-    assert "folder that holds config.json" in refused(Qwen.load, file, file)
+    assert "folder that holds config.json" in refused(model.load_lm, file, file)
 
 
-@pytest.mark.parametrize("load", [model.load, Qwen.load, Siglip.load])
+@pytest.mark.parametrize("load", [model.load, model.load_lm, model.load_vision])
 def test_missing_config(load, tmp_path):
     refused(load, tmp_path, tmp_path / "config.json", "missing")
 
@@ -120,7 +120,7 @@ def test_missing_config(load, tmp_path):
 )
 def test_invalid_json(content, reason, folder):
     (folder / "config.json").write_bytes(content)
-    refused(Qwen.load, folder, folder / "config.json", reason)
+    refused(model.load_lm, folder, folder / "config.json", reason)
 
 
 def test_invalid_index(folder):
@@ -131,24 +131,24 @@ def test_invalid_index(folder):
         '{"weight_map": {}}': "no shard",
     }.items():
         index.write_text(content)
-        refused(Qwen.load, folder, index, reason)
+        refused(model.load_lm, folder, index, reason)
 
 
 # ---------------------------------------------------------------- the wrong kind of model
 
 
 def test_plain_language_model_given_to_model_load(folder):
-    assert "qwen.Qwen.load" in refused(model.load, folder, folder / "config.json", "'qwen2'")
+    assert "model.load_lm" in refused(model.load, folder, folder / "config.json", "'qwen2'")
 
 
-@pytest.mark.parametrize("load", [Qwen.load, Siglip.load])
+@pytest.mark.parametrize("load", [model.load_lm, model.load_vision])
 @pytest.mark.parametrize("layout", ["released_layout", "hf_llava_layout", "hf_llava_layout_2024"])
 def test_multimodal_model_given_to_a_part(load, layout):
     """Its config holds a language and a vision part: what is refused is the first tensor of another name."""
     refused(load, GOLDEN / layout, GOLDEN / layout / "model.safetensors", "tensor ", "has no place")
 
 
-@pytest.mark.parametrize("load", [model.load, Qwen.load, Siglip.load])
+@pytest.mark.parametrize("load", [model.load, model.load_lm, model.load_vision])
 def test_another_family(load, folder):
     change_config(folder, model_type="llama")
     refused(load, folder, folder / "config.json", "'llama'")
@@ -170,7 +170,7 @@ def test_multimodal_config_without_its_parts(vlm_folder):
 
 def test_missing_tensor(folder):
     change_tensors(folder, {NORM: None, "lm_head.weight": None})
-    refused(Qwen.load, folder, folder, "lm_head.weight", "2 missing")
+    refused(model.load_lm, folder, folder, "lm_head.weight", "2 missing")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_missing_tensor_of_a_multimodal_model(name, vlm_folder):
 def test_unexpected_tensor(folder):
     name = "model.layers.0.self_attn.q_norm.weight"
     change_tensors(folder, {name: torch.ones(8)})
-    refused(Qwen.load, folder, folder / "model.safetensors", name, "no place")
+    refused(model.load_lm, folder, folder / "model.safetensors", name, "no place")
 
 
 @pytest.mark.parametrize(
@@ -203,23 +203,23 @@ def test_unexpected_tensor_of_a_multimodal_model(name, vlm_folder):
 @pytest.mark.parametrize("shape", [(33,), (32, 1), (1, 32), ()], ids=str)
 def test_wrong_shape(shape, folder):
     change_tensors(folder, {NORM: torch.ones(shape)})
-    refused(Qwen.load, folder, folder / "model.safetensors", NORM, f"shape {shape}", "(32,)")
+    refused(model.load_lm, folder, folder / "model.safetensors", NORM, f"shape {shape}", "(32,)")
 
 
 def test_config_of_another_size(folder):
     change_config(folder, intermediate_size=50)
-    refused(Qwen.load, folder, folder / "model.safetensors", "shape (32, 48)", "(32, 50)")
+    refused(model.load_lm, folder, folder / "model.safetensors", "shape (32, 48)", "(32, 50)")
 
 
 def test_more_layers_in_the_file_than_in_the_config(folder):
     change_config(folder, num_hidden_layers=1)
-    refused(Qwen.load, folder, folder / "model.safetensors", "model.layers.1.")
+    refused(model.load_lm, folder, folder / "model.safetensors", "model.layers.1.")
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool], ids=str)
 def test_integer_tensor(dtype, folder):
     change_tensors(folder, {NORM: torch.ones(32).to(dtype)})
-    refused(Qwen.load, folder, folder / "model.safetensors", NORM, dtype, "quantized")
+    refused(model.load_lm, folder, folder / "model.safetensors", NORM, dtype, "quantized")
 
 
 # ---------------------------------------------------------------- files
@@ -231,7 +231,7 @@ def test_truncated_safetensors(length, folder):
     content = file.read_bytes()
     places = {"header": 8 + int.from_bytes(content[:8], "little"), "half": len(content) // 2}
     file.write_bytes(content[: places.get(length, length)])
-    refused(Qwen.load, folder, file, "damaged or cut short")
+    refused(model.load_lm, folder, file, "damaged or cut short")
     refused(tensor_names, folder, file)
 
 
@@ -241,7 +241,7 @@ def test_other_content_under_the_name_of_safetensors(folder):
     content = file.read_bytes()
     for other in (content + b"more", b"<!DOCTYPE html><html>Not found</html>", b"\xff" * 8 + content[8:]):
         file.write_bytes(other)
-        refused(Qwen.load, folder, file, "damaged")
+        refused(model.load_lm, folder, file, "damaged")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
@@ -252,26 +252,26 @@ def test_pickles_are_refused_and_never_opened(name, folder):
 
     (folder / "model.safetensors").unlink()
     (folder / name).write_bytes(pickle.dumps(Trap()))
-    message = refused(Qwen.load, folder, folder / name, "pickle", "save_file")
+    message = refused(model.load_lm, folder, folder / name, "pickle", "save_file")
     assert "weights_only=True" in message and not (folder / "opened").exists()
 
 
 def test_no_weights_at_all(folder):
     (folder / "model.safetensors").unlink()
-    refused(Qwen.load, folder, folder / "model.safetensors", "missing")
+    refused(model.load_lm, folder, folder / "model.safetensors", "missing")
 
 
 @pytest.mark.parametrize("lost", [0, 1])
 def test_missing_shard(lost, folder):
     shards = shard(folder)
     shards[lost].unlink()
-    refused(Qwen.load, folder, shards[lost], "missing")
+    refused(model.load_lm, folder, shards[lost], "missing")
 
 
 def test_truncated_shard(folder):
     second = shard(folder)[1]
     second.write_bytes(second.read_bytes()[:-1])
-    refused(Qwen.load, folder, second, "cut short")
+    refused(model.load_lm, folder, second, "cut short")
 
 
 @pytest.mark.parametrize("form", ["../{}", "{}/../../x.safetensors", "{parent}/{}", "sub/{}"])
@@ -284,7 +284,7 @@ def test_index_pointing_outside_its_folder(form, folder):
     name = form.format(shards[0].name, parent=folder.parent)
     index = folder / "model.safetensors.index.json"
     index.write_text(index.read_text().replace(shards[0].name, name))
-    refused(Qwen.load, folder, index, name, "outside")
+    refused(model.load_lm, folder, index, name, "outside")
 
 
 # ---------------------------------------------------------------- odd values in sound JSON
@@ -302,7 +302,7 @@ def test_index_pointing_outside_its_folder(form, folder):
 )
 def test_odd_values_in_the_config(change, folder):
     change_config(folder, **change)
-    refused(Qwen.load, folder, folder)
+    refused(model.load_lm, folder, folder)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_odd_values_in_a_multimodal_config(change, vlm_folder):
 def test_odd_values_in_the_index(weight_map, folder):
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
-    refused(Qwen.load, folder, index)
+    refused(model.load_lm, folder, index)
 
 
 # ---------------------------------------------------------------- writing: whole or not at all
@@ -423,10 +423,11 @@ def python(script: str, **environment) -> str:
 
 
 LOAD = """
-import checkpoint, model
+import model
+from support.errors import BadInput
 try:
     print(model.load("owner/name").lm.model.norm.weight.tolist())
-except checkpoint.BadInput as error:
+except BadInput as error:
     print("BadInput:", error)
 """
 
@@ -453,11 +454,9 @@ def test_a_hub_name_as_the_student_of_stage_1(tmp_path):
     for file in (ROOT / "tiny/student").iterdir():
         shutil.copy(file, snapshot)
     script = f"""
-import train
-from training import recipes
-args = train.parse_args(["--stage", "1", "--student", "owner/name", "--out", {str(tmp_path / "out")!r}])
-args = recipes.for_stage("1", args, ranks=1)
-student, _ = train.load_models("1", args, "cpu")
+from training import models, recipes
+args = recipes.parse_args("", ["--stage", "1", "--student", "owner/name", "--out", {str(tmp_path / "out")!r}])
+student, _ = models.load_models(recipes.configure("1", args, ranks=1), "cpu")
 print(student.config.text.hidden_size, student.tokenizer.get_vocab_size())
 """
     words = data.load_tokenizer(ROOT / "tiny/student").get_vocab_size()

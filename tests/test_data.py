@@ -21,12 +21,10 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
-from checkpoint import BadInput
 from data import (
     IGNORE,
     IMAGE_TOKEN,
     LlavaDataset,
-    Records,
     batches_of,
     collate,
     cut,
@@ -37,6 +35,9 @@ from data import (
     preprocess,
 )
 from siglip import SiglipConfig
+from support import records as record_files
+from support.errors import BadInput
+from support.records import Records
 
 # Written out once more, so that a slip in data.py cannot hide.
 SYSTEM = (
@@ -662,7 +663,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_records_are_what_json_reads(tmp_path, monkeypatch, name, block):
     """Wherever the windows cut the file: in a record, in a letter of several bytes, between records."""
-    monkeypatch.setattr(data, "BLOCK", block)
+    monkeypatch.setattr(record_files, "BLOCK", block)
     file = tmp_path / "data.json"
     file.write_bytes(LAYOUTS[name].encode())
     records = Records([file])
@@ -712,7 +713,7 @@ BROKEN = {  # content -> the byte that the sentence names
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_bad_input_that_names_the_byte(tmp_path, monkeypatch, name, block):
     content, byte = BROKEN[name]
-    monkeypatch.setattr(data, "BLOCK", block if len(content) < 1000 else 1 << 16)
+    monkeypatch.setattr(record_files, "BLOCK", block if len(content) < 1000 else 1 << 16)
     good, file = tmp_path / "good.json", tmp_path / "broken.json"
     good.write_text(json.dumps(RECORDS))
     file.write_bytes(content)
@@ -730,8 +731,8 @@ def test_no_file_of_records_is_bad_input(tmp_path):
 @pytest.mark.parametrize("whole", [True, False])
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, whole):
     """Neither where all is well nor where a record does not end."""
-    monkeypatch.setattr(data, "BLOCK", 10_000)
-    monkeypatch.setattr(data, "LONGEST_RECORD", 40_000)
+    monkeypatch.setattr(record_files, "BLOCK", 10_000)
+    monkeypatch.setattr(record_files, "LONGEST_RECORD", 40_000)
     file = tmp_path / "data.json"
     record = json.dumps(RECORDS[0])
     content = "[" + ", ".join([record] * 50_000) + "]"  # 5 MB

@@ -14,37 +14,37 @@ from safetensors.torch import load_file
 from torch import nn
 
 import distill
+import lean
 from distill import (
+    DISTANCES,
     IGNORE,
+    METHODS,
     TeacherAdapterFetch,
     adaptive_match,
-    answer_losses,
-    attention_count,
     choose_layers,
     group_mean,
     kl_loss,
     lm_loss,
+    loss_counts,
     match_layers,
+    matched_targets,
     query_rows,
-    released_attention_loss,
-    span,
     understanding_layers,
     visual_attention_loss,
+    visual_map,
 )
-from model import VLM, VLMConfig
-from qwen import Look, QwenConfig
+from model import VLM
+from qwen import Output, QwenConfig
 from siglip import SiglipConfig
+from support.layouts import VLMConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
-MAP_LOSSES = {
-    "cosine": dict(kind="cosine"),
-    "cosine rowwise": dict(kind="cosine", rowwise=True),
-    "mse": dict(kind="mse"),
-    "kl of rows": dict(kind="kl"),
-}
+MAP_LOSSES = {"cosine": "cosine", "cosine-rows": "cosine-rows", "mse": "mse", "kl of rows": "kl"}
+MAP_LOSSES["released"] = "released"
 LOGIT_LOSSES = ["kl", "kl unshifted", "lm"]
-ALL_LOSSES = [*MAP_LOSSES, "released", *LOGIT_LOSSES]
+ALL_LOSSES = [*MAP_LOSSES, *LOGIT_LOSSES]
+assert set(MAP_LOSSES.values()) == set(DISTANCES), "a distance without its tests"
 
 
 def mean(loss):
@@ -61,10 +61,7 @@ def mask(*rows):
 def evaluate(name, student, teacher, rows):
     """Any loss by its name -> (sum, count), batch first: maps (B,k,T,P) or logits (B,T,V), rows (B,T)."""
     if name in MAP_LOSSES:
-        student, teacher = student.transpose(0, 1), teacher.transpose(0, 1)
-        return visual_attention_loss(student, teacher, rows, **MAP_LOSSES[name])
-    if name == "released":
-        return released_attention_loss(student.transpose(0, 1), teacher.transpose(0, 1))
+        return visual_attention_loss(student.unbind(1), teacher.unbind(1), rows, MAP_LOSSES[name])
     answer = torch.arange(rows.shape[1]).expand_as(rows)  # token t is answered with t, any fixed ids would do
     labels = torch.where(rows, answer, IGNORE)
     if name == "lm":
@@ -78,8 +75,9 @@ def example(name, seed=0):
     random = torch.Generator().manual_seed(seed)
     if name in LOGIT_LOSSES:
         student, teacher = torch.randn(2, 6, 7, 11, generator=random)
-    elif name == "released":
-        student, teacher = torch.rand(2, 6, 3, 7, 7, generator=random).tril()
+    elif name == "released":  # entries that are 0 are dropped, and of few rows all may be
+        rows = mask("1111111", "0111111", "0000000", "0011111", "0001111", "1111110")
+        student, teacher = (torch.rand(2, 6, 3, 7, 7, generator=random) + 1e-3).tril()
     else:
         student, teacher = torch.rand(2, 6, 3, 7, 5, generator=random)
     return student, teacher, rows
@@ -102,11 +100,11 @@ def golden():
 
 @pytest.fixture(scope="module")
 def golden_maps(golden):
-    """Head mean, visual columns 4..15, the teacher's layers matched in groups: two (k=3,B=2,T=23,P=12)."""
-    tensors, _ = golden
-    student = tensors["student_maps"].mean(2)[..., 4:16]
-    teacher = dict(enumerate(tensors["teacher_maps"].mean(2)[..., 4:16]))
-    return student, group_mean(teacher, match_layers([0, 1, 2], [0, 1, 2, 3, 4]))
+    """Head mean, visual columns 4..15, the teacher's layers matched in groups: two times k=3 of (B=2,T=23,P=12)."""
+    columns = torch.arange(4, 16).repeat(2, 1)
+    student = {i: visual_map(A, columns) for i, A in enumerate(golden[0]["student_maps"])}
+    teacher = {i: visual_map(A, columns) for i, A in enumerate(golden[0]["teacher_maps"])}
+    return list(student.values()), matched_targets(student, teacher, GOLDEN_ROWS["padded"], "group")
 
 
 GOLDEN_ROWS = {
@@ -120,16 +118,15 @@ GOLDEN_ROWS = {
     [
         ("vat_cosine_paper", "cosine", "all", "nothing padded"),
         ("vat_cosine_paper_padded", "cosine", "all", "padded"),
-        ("vat_rowwise_all", "cosine rowwise", "all", "padded"),
-        ("vat_rowwise_text", "cosine rowwise", "text", "padded"),
-        ("vat_kl_rows_all", "kl of rows", "all", "padded"),
+        ("vat_rowwise_all", "cosine-rows", "all", "padded"),
+        ("vat_rowwise_text", "cosine-rows", "text", "padded"),
+        ("vat_kl_rows_all", "kl", "all", "padded"),
         ("vat_mse_rows_all", "mse", "all", "padded"),
     ],
 )
 def test_attention_loss_golden(golden, golden_maps, name, kind, which, padding):
-    columns, has_image = torch.arange(4, 16).repeat(2, 1), torch.tensor([True, True])
-    rows = query_rows(which, columns, has_image, GOLDEN_ROWS[padding])
-    loss = visual_attention_loss(*golden_maps, rows, **MAP_LOSSES[kind])
+    rows = query_rows(batch_of(torch.arange(4, 16).repeat(2, 1), GOLDEN_ROWS[padding]), which)
+    loss = visual_attention_loss(*golden_maps, rows, kind)
     assert mean(loss) == pytest.approx(golden[1][name], abs=1e-5)
 
 
@@ -139,25 +136,24 @@ def test_attention_loss_golden_cosines(golden, golden_maps):
     rows = GOLDEN_ROWS["nothing padded"]
     for j in range(3):
         for b in range(2):
-            one = (slice(j, j + 1), slice(b, b + 1))
-            cosine = 1 - mean(visual_attention_loss(student[one], teacher[one], rows[b : b + 1]))
+            one = [[maps[j][b : b + 1]] for maps in (student, teacher)]
+            cosine = 1 - mean(visual_attention_loss(*one, rows[b : b + 1]))
             assert cosine == pytest.approx(golden[1]["vat_cosine_paper_per_layer_batch"][j][b], abs=1e-5)
 
 
 def test_attention_mse_golden_over_all_entries(golden, golden_maps):
-    """The same sum divided by all entries, rows without visual mass among them, is the plain MSE."""
-    total, count = visual_attention_loss(*golden_maps, GOLDEN_ROWS["nothing padded"], kind="mse")
-    number, expected = golden_maps[0].numel(), golden[1]["vat_mse_over_all_entries_no_padding"]
-    assert (total / number).item() == pytest.approx(expected, abs=1e-5)
-    assert count == 3 * 2 * 19 * 12 < number  # 19 of 23 rows stand at or after the image
+    """Over all rows, those without visual mass among them, it is the plain MSE."""
+    total, count = visual_attention_loss(*golden_maps, GOLDEN_ROWS["nothing padded"], "mse")
+    expected = golden[1]["vat_mse_over_all_entries_no_padding"]
+    assert (total / count).item() == pytest.approx(expected, abs=1e-5) and count == 2 * 23
 
 
 def test_released_attention_loss_golden(golden, golden_maps):
     """Queries and columns are both the visual tokens."""
-    student, teacher = (maps[:, :, 4:16] for maps in golden_maps)
-    loss = released_attention_loss(student, teacher)
+    rows = query_rows(batch_of(torch.arange(4, 16).repeat(2, 1), GOLDEN_ROWS["nothing padded"]), "image")
+    loss = visual_attention_loss(*golden_maps, rows, "released")
     assert mean(loss) == pytest.approx(golden[1]["vat_released_code"], abs=1e-5)
-    assert loss[1] == 2  # samples, not layers
+    assert loss.count == 2  # samples, not layers
 
 
 def test_token_losses_golden(golden):
@@ -219,22 +215,22 @@ BY_HAND_TEACHER = [[[0.0, 0.0, 0.0], [0.1, 0.1, 0.0], [0.0, 0.2, 0.0]], [[0, 0, 
         # layer 1: cos 1;  1 - mean = .115100 for the one sample
         ("cosine", 0.115100, 1),
         # layer 0, row 1: .04 / sqrt(.10 * .02) = .894427; row 2: .04 / sqrt(.08 * .04) = .707107
-        # layer 1: 1 and 1;  4 - .894427 - .707107 - 1 - 1 = .398466 in four rows
-        ("cosine rowwise", 0.398466, 4),
+        # layer 1: 1 and 1;  (4 - .894427 - .707107 - 1 - 1) / 2 layers = .199233 in two rows
+        ("cosine-rows", 0.199233, 2),
         # layer 0: .2^2 + 0 + .2^2 + 0 = .08;  layer 1: .1^2 + .2^2 = .05
-        # 2 layers * 2 rows * 3 tokens = 12 entries
-        ("mse", 0.13, 12),
+        # .13 / 2 layers / 3 tokens = .021667 in two rows
+        ("mse", 0.021667, 2),
         # layer 0, row 1: t = (1/2,1/2), s = (3/4,1/4): 1/2 ln(2/3) + 1/2 ln 2 = 1/2 ln(4/3) = .143841
         # layer 0, row 2: t = (0,1), s = (1/2,1/2): ln 2 = .693147
-        # layer 1: 0;  together .836988 in four rows
-        ("kl of rows", 0.836988, 4),
+        # layer 1: 0;  together .836988 / 2 layers = .418494 in two rows
+        ("kl of rows", 0.418494, 2),
     ],
 )
 def test_attention_loss_by_hand(name, total, count):
     student, teacher = torch.tensor([BY_HAND_STUDENT]), torch.tensor([BY_HAND_TEACHER])
-    got, number = evaluate(name, student, teacher, mask("111"))
+    got, number = evaluate(name, student, teacher, mask("011"))
     assert got.item() == pytest.approx(total, abs=2e-6)
-    assert number == count  # the row before the image is asked for, and skipped all the same
+    assert number == count
 
 
 def test_released_attention_loss_by_hand():
@@ -250,9 +246,10 @@ def test_released_attention_loss_by_hand():
     student  (1 + 2) / 2 = 1.5,  2,  0        teacher  (1 + 1) / 2 = 1,  1,  1
     cos = 3.5 / (2.5 * sqrt(3)) = .808290; the loss .191710 is summed over the layers, counted per sample
     """
-    student = torch.tensor([[1.0, 0, 0], [0, 2, 0], [2, 4, 0]]).expand(2, 1, 3, 3)  # two layers
-    teacher = torch.tensor([[1.0, 0, 0], [4, 1, 0], [1, 1, 1]]).expand(2, 1, 3, 3)
-    total, count = released_attention_loss(student, teacher)
+    rest = [[9.0, 0, 9], [0, 9, 9]]  # rows that are not visual: they count for nothing
+    student = torch.tensor([[1.0, 0, 0], [0, 2, 0], [2, 4, 0], *rest]).expand(2, 1, 5, 3)  # two layers
+    teacher = torch.tensor([[1.0, 0, 0], [4, 1, 0], [1, 1, 1], *rest]).expand(2, 1, 5, 3)
+    total, count = visual_attention_loss(student, teacher, mask("11100"), "released")
     assert total.item() == pytest.approx(2 * 0.191710, abs=1e-6)
     assert count == 1
 
@@ -318,14 +315,15 @@ def test_unsupervised_positions_are_inert(name, garbage, side):
 def test_released_loss_ignores_the_students_sinks():
     """An entry above mean + std of its map is dropped on both sides, however large it grows."""
     student, teacher, _ = example("released")
+    rows = torch.ones(6, 7, dtype=torch.bool)
     student[:, :, 5, 2] = 50.0
-    sink = value_and_gradient("released", student, teacher, None)
+    sink = value_and_gradient("released", student, teacher, rows)
     assert sink[2][:, :, 5, 2].abs().max() == 0
     student[:, :, 5, 2] = 60.0
-    torch.testing.assert_close(value_and_gradient("released", student, teacher, None), sink)
+    torch.testing.assert_close(value_and_gradient("released", student, teacher, rows), sink)
 
 
-@pytest.mark.parametrize("name", [name for name in ALL_LOSSES if name != "released"])
+@pytest.mark.parametrize("name", ALL_LOSSES)
 def test_nothing_to_learn_from_is_zero_and_not_nan(name):
     """Text-only samples alone, or no answer token at all: the sum, the count and the gradient are 0."""
     student, teacher, rows = example(name)
@@ -333,33 +331,34 @@ def test_nothing_to_learn_from_is_zero_and_not_nan(name):
     assert total == 0 and count == 0 and gradient.abs().max() == 0
 
 
-def test_released_loss_of_no_picture_is_zero_and_not_nan():
-    """It is given the samples with an image alone; a micro-batch may hold none."""
-    student, teacher, _ = example("released")
-    total, count, gradient = value_and_gradient("released", student[:0], teacher[:0], None)
-    assert total == 0 and count == 0 and gradient.shape == (0, 3, 7, 7)
-
-
-@pytest.mark.parametrize("name", MAP_LOSSES)
-def test_rows_without_visual_mass_are_never_counted(name):
-    """Before the image causality leaves zeros on both sides; asking for such rows changes nothing."""
-    student, teacher, rows = example(name)
-    student, teacher = (maps * rows[:, None, :, None] for maps in (student, teacher))
-    asked = value_and_gradient(name, student, teacher, torch.ones_like(rows))
-    torch.testing.assert_close(asked, value_and_gradient(name, student, teacher, rows))
+def batch_of(columns, padding, has_image=None):
+    """What query_rows reads of a batch: columns (B,P), padding (B,T)."""
+    has_image = torch.ones(len(columns), dtype=torch.bool) if has_image is None else has_image
+    return {"visual_columns": columns, "attention_mask": padding, "has_image": has_image}
 
 
 @pytest.mark.parametrize("which", ["all", "image", "text"])
 @pytest.mark.parametrize("name", MAP_LOSSES)
 def test_attention_count_is_known_before_the_forward_pass(name, which):
-    """From the rows alone it is what the loss counts afterwards; text-only samples are in neither."""
+    """From the batch alone it is what the loss counts afterwards; text-only samples are in neither."""
     random = torch.Generator().manual_seed(0)
     columns = torch.tensor([[1, 2, 3, 4, 5], [0, 0, 0, 0, 0], [3, 4, 5, 6, 7]])
-    rows = query_rows(which, columns, torch.tensor([True, False, True]), mask("111111100", "1" * 9, "1" * 9))
+    batch = batch_of(columns, mask("111111100", "1" * 9, "1" * 9), torch.tensor([True, False, True]))
     student, teacher = torch.rand(2, 3, 3, 9, 5, generator=random)
-    _, count = evaluate(name, student, teacher, rows)
-    rowwise = MAP_LOSSES[name].get("rowwise", False)
-    assert attention_count(rows, 3, 5, MAP_LOSSES[name]["kind"], rowwise) == count > 0
+    _, count = evaluate(name, student, teacher, query_rows(batch, which))
+    method = distill.Method({}, distance=MAP_LOSSES[name], rows=which)
+    counts = loss_counts(batch | {"labels": torch.full((3, 9), IGNORE)}, method, {"lm": 1.0, "adl": 1.0})
+    assert counts == {"lm": 0, "adl": count} and count > 0
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+def test_answer_count_is_known_before_the_forward_pass(shifted):
+    """A first token that is supervised is predicted by nothing; unshifted KL compares at it all the same."""
+    labels, logits = torch.tensor([[5, IGNORE, 6, 7], [IGNORE, 8, 9, IGNORE]]), torch.randn(2, 4, 12)
+    method = distill.Method({}, kl_shifted=shifted)
+    counts = loss_counts({"labels": labels}, method, {"lm": 1.0, "kl": 1.0})
+    assert counts["lm"] == lm_loss(logits, labels).count == 4
+    assert counts["kl"] == kl_loss(logits, logits, labels, shifted).count == (4 if shifted else 5)
 
 
 # ---------------------------------------------------------------- every loss: who learns, in which precision
@@ -536,20 +535,22 @@ def test_unknown_names_are_named():
         match_layers([1], [1], "nearest")
     with pytest.raises(ValueError, match="l1"):
         visual_attention_loss(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2), mask("11"), "l1")
+    with pytest.raises(ValueError, match="middle"):
+        choose_layers("middle", 24, False)
 
 
 def test_group_mean_by_hand():
     maps = {5: torch.tensor([[[1.0, 0.0]]]), 6: torch.tensor([[[0.0, 3.0]]]), 7: torch.tensor([[[2.0, 3.0]]])}
     expected = torch.tensor([[[[0.5, 1.5]]], [[[1.0, 3.0]]], [[[2.0, 3.0]]]])  # (k=3,B=1,T=1,P=2)
-    assert torch.equal(group_mean(maps, [[5, 6], [6, 7], [7]]), expected)
+    assert torch.equal(torch.stack(group_mean(maps, [[5, 6], [6, 7], [7]])), expected)
 
 
 LEFT, RIGHT = [1.0, 0.0], [0.0, 1.0]  # where a row looks, with P = 2
 
 
 def maps_of(*layers):
-    """Two rows per layer, the same in both samples -> (m,B=2,T=2,P=2)."""
-    return torch.tensor(layers)[:, None].repeat(1, 2, 1, 1)
+    """Two rows per layer, the same in both samples -> {10: (B=2,T=2,P=2), 11: ...}"""
+    return {10 + i: torch.tensor(layer).repeat(2, 1, 1) for i, layer in enumerate(layers)}
 
 
 def test_adaptive_match_by_hand():
@@ -561,11 +562,11 @@ def test_adaptive_match_by_hand():
     Together 1, 1.13, .95: B, which neither sample alone prefers, and however strongly sample 1 looks.
     """
     teacher = maps_of([LEFT, LEFT], [LEFT, RIGHT], [RIGHT, RIGHT])
-    student = maps_of([[0.0, 0.1], [0.0, 0.1]], [LEFT, RIGHT], [LEFT, LEFT]).clone()
-    student[2, 1] = torch.tensor([[0.0, 100.0], [0.0, 200.0]])
-    got = adaptive_match(student.requires_grad_(), teacher.requires_grad_(), mask("11", "11"))
-    assert torch.equal(got, teacher[[2, 1, 1]])
-    assert not got.requires_grad
+    student = maps_of([[0.0, 0.1], [0.0, 0.1]], [LEFT, RIGHT], [LEFT, LEFT])
+    student[12][1] = torch.tensor([[0.0, 100.0], [0.0, 200.0]])
+    assert adaptive_match(student, teacher, mask("11", "11")) == [[12], [11], [11]]
+    targets = matched_targets(student, teacher, mask("11", "11"), "adaptive")
+    assert torch.equal(torch.stack(targets), torch.stack([teacher[12], teacher[11], teacher[11]]))
 
 
 @pytest.mark.parametrize("rows, chosen", [("10", 0), ("11", 1)])
@@ -579,14 +580,14 @@ def test_adaptive_match_by_hand():
         # sample 1, clearly left, outvotes sample 0, faintly right: unless a loud row 1 makes its row 0 small
         (
             maps_of([LEFT, [0.0, 0.0]], [RIGHT, [0.0, 0.0]]),
-            torch.tensor([[[[0.9, 1.0], [0.0, 0.0]], [LEFT, [0.0, 99.0]]]]),
+            {10: torch.tensor([[[0.9, 1.0], [0.0, 0.0]], [LEFT, [0.0, 99.0]]])},
         ),
     ],
     ids=["student", "teacher", "weight of a sample"],
 )
 def test_adaptive_match_ignores_masked_rows(teacher, student, rows, chosen):
     """Masked, row 1 has no say in the choice; unmasked it decides."""
-    assert torch.equal(adaptive_match(student, teacher, mask(rows, rows)), teacher[[chosen]])
+    assert adaptive_match(student, teacher, mask(rows, rows)) == [[10 + chosen]]
 
 
 # ---------------------------------------------------------------- which queries
@@ -605,14 +606,12 @@ def test_query_rows(which, rows):
     columns = torch.tensor([[1, 2], [4, 5], [0, 0]])
     has_image = torch.tensor([True, True, False])
     padding = mask("11111100", "11111111", "11111110")
-    assert torch.equal(query_rows(which, columns, has_image, padding), mask(*rows))
+    assert torch.equal(query_rows(batch_of(columns, padding, has_image), which), mask(*rows))
 
 
 def test_image_and_text_rows_are_all_rows():
     columns, padding = torch.tensor([[2, 3, 4], [0, 1, 2]]), mask("11111110", "11110000")
-    has_image = torch.tensor([True, True])
-    names = ("all", "image", "text")
-    whole, image, text = (query_rows(name, columns, has_image, padding) for name in names)
+    whole, image, text = (query_rows(batch_of(columns, padding), name) for name in ("all", "image", "text"))
     assert torch.equal(image | text, whole) and not (image & text).any()
     assert image.sum(1).tolist() == [3, 3] and text.sum(1).tolist() == [2, 1]
 
@@ -651,99 +650,62 @@ def test_taf_parameter_count_of_the_paper():
     assert sum(p.numel() for p in taf.parameters() if p.requires_grad) == 5_244_928
 
 
-# ---------------------------------------------------------------- losses from hidden states
+# ---------------------------------------------------------------- maps, and the whole method
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("shifted", [True, False])
-@pytest.mark.parametrize(
-    "words", [(40, 40), (40, 33), (33, 40)], ids=["equal", "student-more", "teacher-more"]
-)
-@pytest.mark.parametrize("frozen", [False, True], ids=["head-trained", "head-frozen"])
-def test_answer_losses_are_the_plain_losses(monkeypatch, chunk, shifted, words, frozen):
-    """From hidden states in chunks = from whole logits: values, and gradients of states and output matrix."""
-    monkeypatch.setattr(distill, "LOGIT_ROWS", chunk)
+def test_visual_map_by_hand():
+    """Two heads, two queries, three keys; the columns 2 and 0."""
+    attention = torch.tensor([[[[1.0, 0, 0], [0.2, 0.8, 0]], [[0.5, 0.5, 0], [0.4, 0, 0.6]]]])
+    expected = torch.tensor([[[0.0, 0.75], [0.3, 0.3]]])
+    torch.testing.assert_close(visual_map(attention, torch.tensor([[2, 0]])), expected)
+
+
+def test_the_methods_are_the_papers_table():
+    """method.md, sections 5 and 6: which losses in which stage, whose adapter."""
+    table = {name: {stage: set(terms) for stage, terms in method.weights.items()} for name, method in METHODS.items()}
+    kd = {"1": {"lm", "kl"}, "2": {"lm", "kl"}, "3": {"lm"}}
+    vat = kd | {"2": {"lm", "kl", "adl"}}
+    assert table == {
+        "sft": {"1": {"lm"}, "2": {"lm"}, "3": {"lm"}}, "kd": kd,
+        "compodistill": vat, "compodistill-rows": vat, "released": vat,
+    }  # fmt: skip
+    assert {name for name, method in METHODS.items() if method.taf} == {"compodistill", "compodistill-rows", "released"}
+    weights = [w for method in METHODS.values() for terms in method.weights.values() for w in terms.values()]
+    assert set(weights) == {1.0, METHODS["compodistill-rows"].weights["2"]["adl"]}
+    paper = METHODS["compodistill"]
+    assert (paper.distance, paper.rows, paper.layers, paper.matching) == ("cosine", "all", "intermediate", "group")
+
+
+def test_distillation_loss_is_the_weighted_sum_of_its_terms():
+    """Each divided by its count, or by the totals that it is given; a term without a weight is not computed."""
     torch.manual_seed(0)
-    labels = torch.full((3, 9), IGNORE)
-    labels[0, 3:6], labels[1, 8], labels[2, 1:3], labels[2, 7:] = torch.tensor([4, 5, 6]), 7, 8, 9
-    hidden, head = (
-        torch.randn(3, 9, 12, requires_grad=True),
-        torch.randn(words[0], 12, requires_grad=not frozen),
+    real, columns = mask("11111111", "11111110"), torch.tensor([[1, 2, 3], [2, 3, 4]])
+    batch = batch_of(columns, real) | {"labels": torch.full((2, 8), IGNORE)}
+    batch["labels"][:, 6:] = torch.tensor([[3, 4], [5, IGNORE]])
+    student, teacher = (
+        Output(None, torch.randn(2, 8, 9), {i: torch.rand(2, 2, 8, 8).tril() for i in layers})
+        for layers in ((1, 2), (1, 2, 3))
     )
-    t_hidden, t_head = (
-        torch.randn(3, 9, 10, requires_grad=True),
-        torch.randn(words[1], 10, requires_grad=True),
-    )
-    inputs = [hidden] if frozen else [hidden, head]
-
-    lm, answers = lm_loss(hidden @ head.T, labels)
-    kl, number = kl_loss(hidden @ head.T, t_hidden @ t_head.T, labels, shifted)
-    assert answers == number == 8
-    plain = torch.autograd.grad((lm + 0.7 * kl) / 5, inputs)
-    loss, *terms = answer_losses((hidden, head), (t_hidden, t_head), labels, 0.7, shifted)
-    torch.testing.assert_close(terms, [lm.detach(), kl.detach()], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(loss, lm + 0.7 * kl, rtol=1e-5, atol=1e-5)
-    ours = torch.autograd.grad(loss / 5, inputs)
-    assert all(gradient.abs().max() > 1e-2 for gradient in plain)
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
-
-    loss, *terms = answer_losses((hidden, head), None, labels)
-    torch.testing.assert_close(terms, [lm.detach(), torch.tensor(0.0)], rtol=1e-5, atol=1e-5)
-    plain = torch.autograd.grad(lm_loss(hidden @ head.T, labels)[0], inputs)
-    torch.testing.assert_close(torch.autograd.grad(loss, inputs), plain, rtol=1e-5, atol=1e-5)
+    method, weights = distill.Method({}, matching="simple"), {"lm": 2.0, "kl": 0.5, "adl": 3.0}
+    loss, terms = distill.distillation_loss(student, teacher, batch, method, weights)
+    expected = 2 * mean(lm_loss(student.logits, batch["labels"]))
+    expected += 0.5 * mean(kl_loss(student.logits, teacher.logits, batch["labels"]))
+    maps = [[visual_map(out.attentions[i], columns) for i in (1, 2)] for out in (student, teacher)]  # 1, 1 + 3 // 2
+    expected += 3 * mean(visual_attention_loss(*maps, query_rows(batch, "all")))
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert [terms[name].count.item() for name in ("lm", "kl", "adl")] == [3, 3, 2]
+    totals = {name: 10 * term.count for name, term in terms.items()}
+    tenth, _ = distill.distillation_loss(student, teacher, batch, method, weights, totals)
+    torch.testing.assert_close(10 * tenth, loss)
+    loss, terms = distill.distillation_loss(student, None, batch, method, {"lm": 1.0})
+    assert terms.keys() == {"lm"} and loss.item() == pytest.approx(mean(lm_loss(student.logits, batch["labels"])))
 
 
-def test_gradients_of_answer_losses_are_handed_over_and_used_once():
-    """The output matrix's gradient is the one made in the forward pass, not a copy of it; and a second
-    backward pass, for which it is gone, is an error.
-    """
-    hidden, head = torch.randn(1, 5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    loss, *_ = answer_losses((hidden, head), None, torch.tensor([[IGNORE, 1, 2, 3, 4]]))
-    made = loss.grad_fn.saved_tensors[1].data_ptr()
-    loss.backward()
-    assert head.grad.data_ptr() == made
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
-def test_answer_losses_with_a_tied_head_and_without_answers():
-    """The output matrix that is the embedding, too, gets both gradients; no answer gives 0 and zeros."""
-    torch.manual_seed(0)
-    table, labels = torch.randn(20, 6, requires_grad=True), torch.tensor([[IGNORE, 3, 4, IGNORE]])
-    teacher = torch.randn(1, 4, 6), torch.randn(20, 6)
-    results = []
-    for plain in (True, False):
-        hidden = table[torch.tensor([[1, 2, 3, 4]])]
-        if plain:
-            loss = lm_loss(hidden @ table.T, labels)[0]
-            loss = loss + kl_loss(hidden @ table.T, teacher[0] @ teacher[1].T, labels)[0]
-        else:
-            loss = answer_losses((hidden, table), teacher, labels)[0]
-        results.append(torch.autograd.grad(loss, table))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
-    hidden = table[torch.tensor([[1, 2, 3, 4]])]
-    loss, lm, kl = answer_losses((hidden, table), teacher, torch.full((1, 4), IGNORE))
-    assert loss == lm == kl == 0
-    assert torch.autograd.grad(loss, table)[0].abs().max() == 0
-
-
-def test_answer_losses_make_logits_of_answers_only(monkeypatch):
-    """Every row of logits that exists belongs to an answer, and LOGIT_ROWS of them exist at once."""
-    monkeypatch.setattr(distill, "LOGIT_ROWS", 4)
-    made, plain = [], F.linear
-    monkeypatch.setattr(F, "linear", lambda x, w: made.append(len(x)) or plain(x, w))
-    labels = torch.full((2, 20), IGNORE)
-    labels[0, 5:12], labels[1, 18] = 1, 2
-    state = torch.randn(2, 20, 6, requires_grad=True), torch.randn(50, 6, requires_grad=True)
-    answer_losses(state, (torch.randn(2, 20, 5), torch.randn(50, 5)), labels)[0].backward()
-    assert made == [4, 4, 4, 4]  # 8 answers, in two chunks, student and teacher; none of them twice
-
-
-def test_span_is_the_shortest_slice_with_all_queries():
-    assert span(mask("00110", "01000")) == slice(1, 4)
-    assert span(mask("11111")) == slice(0, 5)
-    assert span(mask("000", "001")) == slice(2, 3)
-    assert span(mask("000", "000")) == slice(0, 0)
+def test_a_distance_of_another_shape_is_counted_by_its_shape():
+    """Values a row are divided by rows, whatever the entry in DISTANCES says: train.py then sees the difference."""
+    maps, rows = torch.rand(1, 2, 4, 3), mask("0111", "0011")
+    assert visual_attention_loss(maps, maps, rows, "cosine").count == 2
+    assert visual_attention_loss(maps, maps, rows, "cosine-rows").count == 5
 
 
 # ---------------------------------------------------------------- the whole path
@@ -758,13 +720,14 @@ def test_attention_gradient_stops_at_the_highest_matched_layer():
     teacher = VLM(VLMConfig(vision, text))
     ids = torch.tensor([[3, -200, -200, -200, -200, 5, 6, 7], [3, 4, -200, -200, -200, -200, 8, 0]])
     real, columns = mask("11111111", "11111110"), torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])
-    rows = query_rows("all", columns, torch.tensor([True, True]), real)
+    rows = query_rows(batch_of(columns, real), "all")
     batch = dict(pixel_values=torch.randn(2, 3, 16, 16), attention_mask=real)
-    ours = student(ids, look=Look([[1], [2]], span(rows), columns), **batch).attentions
+    request = lean.VisualAttention(lean.span(rows), columns)
+    ours = student(ids, requests=dict.fromkeys([1, 2], request), **batch).attentions
     with torch.no_grad():
-        groups = match_layers([1, 2], [1, 2, 3])
-        theirs = teacher(ids, look=Look(groups, span(rows), columns), **batch).attentions
-    total, count = visual_attention_loss(ours, theirs, rows[:, span(rows)])
+        theirs = teacher(ids, requests=dict.fromkeys([1, 2, 3], request), **batch).attentions
+    targets = group_mean(theirs, match_layers([1, 2], [1, 2, 3]))
+    total, count = visual_attention_loss(ours.values(), targets, rows[:, request.rows])
     (total / count).backward()
 
     def silent(module):

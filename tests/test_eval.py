@@ -19,10 +19,12 @@ from PIL import Image
 import data
 import eval as evaluation
 import model
-import train
-from checkpoint import BadInput
+from support.errors import BadInput
 from evals import answers, benchmarks, pictures, scorers
-from tiny.world import COMPOSITION, RECOGNITION, make_world, tiny_items
+from helpers import in_full
+from support.world import TINY, COMPOSITION, RECOGNITION, make_world, tiny_items
+from tiny.__main__ import main as tiny
+from tiny.scores import attention_similarity, exact_answers, paired_yes, tiny_scores
 
 
 @pytest.fixture(scope="module")
@@ -52,21 +54,14 @@ def test_paired_yes(teacher, pairs):
         p = [alone(teacher, picture, f"True? {caption}").softmax(0) for caption in captions]
         yes = [q[token(teacher, " yes")] / (q[token(teacher, " yes")] + q[token(teacher, " no")]) for q in p]
         expected.append(float(yes[0] > yes[1]))
-    assert scorers.paired_yes(teacher, pairs) == expected
+    assert paired_yes(teacher, pairs) == expected
     swapped = [(picture, wrong, true) for picture, true, wrong in pairs]
-    assert scorers.paired_yes(teacher, swapped) == [1 - hit for hit in expected]
+    assert paired_yes(teacher, swapped) == [1 - hit for hit in expected]
 
 
 def test_a_tie_is_wrong(teacher, pairs):
     same = [(picture, true, true) for picture, true, _ in pairs]
-    assert sum(scorers.paired_yes(teacher, same)) == 0
-    assert sum(scorers.caption_likelihood(teacher, same)) == 0
-
-
-CHOICE = (
-    "Which caption best describes the image?\n(A) {}\n (B) {}\n"
-    "Answer with the option's alphabet from the given choices directly."
-)  # the released code's, written out once more
+    assert sum(paired_yes(teacher, same)) == 0
 
 
 @torch.no_grad()
@@ -78,58 +73,17 @@ def log_p(vlm, picture, question, tokens):
     return [rows[i, token].item() for i, token in enumerate(tokens)]
 
 
-def test_choice_in_both_orders(teacher, pairs):
-    """The tiny tokenizer writes " A" as a space and "A": options differ in their last token only. The teacher
-    likes one letter always, so its "B" is made an "A" whose likelihood depends on the picture.
-    """
-    teacher = copy.deepcopy(teacher)
-    weight = teacher.lm.model.embed_tokens.weight.data
-    yes, no = (weight[token(teacher, word)] for word in (" yes", " no"))
-    weight[token(teacher, "B")] = weight[token(teacher, "A")] + 0.1 * (yes - no)
-    a, b = (teacher.tokenizer.encode(text, add_special_tokens=False).ids for text in (" A", " B"))
-    assert len(a) == len(b) == 2 and a[0] == b[0]
-    expected = []
-    for picture, true, wrong in pairs:
-        first, second = (
-            log_p(teacher, picture, CHOICE.format(*order), a)[1]
-            - log_p(teacher, picture, CHOICE.format(*order), b)[1]
-            for order in ((true, wrong), (wrong, true))
-        )
-        expected.append((float(first > 0) + float(second < 0)) / 2)
-    assert scorers.choice_ab(teacher, pairs) == expected
-    assert len(set(expected)) > 1, "not all alike, or the test sees nothing"
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("mean", [False, True])
-def test_caption_likelihood(teacher, pairs, mean):
-    expected = []
-    for picture, *captions in pairs:
-        scores = []
-        for caption in captions:
-            sample = scorers.prompt(teacher, picture, "Describe the picture.")
-            answer = teacher.tokenizer.encode(" " + caption, add_special_tokens=False).ids
-            answer.append(teacher.tokenizer.token_to_id(data.END_OF_TEXT))
-            ids = torch.tensor([sample["input_ids"] + answer])
-            log_p = teacher(ids, sample["pixel_values"][None]).logits[0].log_softmax(-1)
-            start = len(sample["input_ids"]) - 1
-            total = sum(log_p[start + i, token_id].item() for i, token_id in enumerate(answer))
-            scores.append(total / len(answer) if mean else total)
-        expected.append(float(scores[0] > scores[1]))
-    assert scorers.caption_likelihood(teacher, pairs, mean) == expected
-
-
 def test_exact_answers_are_what_the_model_says(teacher, world):
     recognition, _ = tiny_items(world, limit=5)
     items = [item for rows in recognition.values() for item in rows]
     expected = [float(teacher.answer(picture, question, 4) == answer) for picture, question, answer in items]
-    assert scorers.exact_answers(teacher, items) == expected
+    assert exact_answers(teacher, items) == expected
     wrong = [(picture, question, answer + "x") for picture, question, answer in items]
-    assert sum(scorers.exact_answers(teacher, wrong)) == 0
+    assert sum(exact_answers(teacher, wrong)) == 0
 
 
 def test_averages_are_unweighted_means_over_the_kinds(teacher, world):
-    scores = evaluation.tiny_scores(teacher, world, limit=10)
+    scores = tiny_scores(teacher, world, limit=10)
     assert scores["recognition"] == pytest.approx(np.mean([scores[kind] for kind in RECOGNITION]))
     assert scores["compositional"] == pytest.approx(np.mean([scores[kind] for kind in COMPOSITION]))
 
@@ -138,9 +92,9 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
     """Matched to itself layer by layer the teacher's similarity is 1; the batched figure is that of single
     prompts.
     """
-    assert evaluation.attention_similarity(teacher, teacher, world, limit=2) == pytest.approx(1, abs=1e-6)
+    assert attention_similarity(teacher, teacher, world, limit=2) == pytest.approx(1, abs=1e-6)
     student = model.VLM.assemble(
-        teacher.vision, model.Qwen.load(train.TINY / "student"), teacher.tokenizer, teacher, taf=True
+        teacher.vision, model.load_lm(TINY / "student"), teacher.tokenizer, teacher, taf=True
     )
     cosines = []
     with torch.no_grad():
@@ -148,13 +102,13 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
             for picture, true, _ in rows:
                 sample = scorers.prompt(teacher, picture, f"True? {true}")
                 ids, pixels = torch.tensor([sample["input_ids"]]), sample["pixel_values"][None]
-                s, t = (vlm(ids, pixels, attention_layers=(2, 3, 4)).attentions for vlm in (student, teacher))
+                s, t = (vlm(ids, pixels, requests=in_full(2, 3, 4)).attentions for vlm in (student, teacher))
                 columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
                 for layer, group in ((2, (2, 3)), (3, (3, 4))):
                     a = s[layer][0].mean(0)[columns[-1] + 1 :, columns]
                     b = ((t[group[0]] + t[group[1]]) / 2)[0].mean(0)[columns[-1] + 1 :, columns]
                     cosines += torch.nn.functional.cosine_similarity(a, b).tolist()
-    similarity = evaluation.attention_similarity(student, teacher, world, limit=2)
+    similarity = attention_similarity(student, teacher, world, limit=2)
     assert similarity == pytest.approx(np.mean(cosines), abs=1e-5)
     assert similarity < 0.98
 
@@ -164,7 +118,7 @@ def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
     picture = world / "images/test-0.png"
     sample = scorers.prompt(teacher, picture, "What colour is the circle?")
     ids = torch.tensor([sample["input_ids"]])
-    maps = teacher(ids, sample["pixel_values"][None], attention_layers=(2, 3, 4)).attentions
+    maps = teacher(ids, sample["pixel_values"][None], requests=in_full(2, 3, 4)).attentions
     columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
     rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in (2, 3, 4)]
     shown = pictures.question_attention(teacher, picture, "What colour is the circle?")
@@ -173,8 +127,8 @@ def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
 
 
 def test_command_line_scores_and_pictures(world, tmp_path, capsys):
-    teacher = str(train.TINY / "teacher")
-    evaluation.main(["tiny", "--model", teacher, "--world", str(world), "--limit", "10"])
+    teacher = str(TINY / "teacher")
+    tiny(["score", "--model", teacher, "--world", str(world), "--limit", "10"])
     out = capsys.readouterr().out
     assert "| recognition | compositional | swap_obj |" in out and "| 1.00 |" in out
     file, image = tmp_path / "look.png", str(world / "images/test-0.png")
@@ -184,13 +138,13 @@ def test_command_line_scores_and_pictures(world, tmp_path, capsys):
     with pytest.raises(SystemExit, match="error: .*nothing.png"):
         evaluation.main([*argv[:4], "nothing.png", *argv[5:]])
     with pytest.raises(SystemExit, match="error: .*nowhere"):
-        evaluation.main(["tiny", "--model", "nowhere", "--world", str(world)])
+        tiny(["score", "--model", "nowhere", "--world", str(world)])
 
 
 @pytest.mark.parametrize("name, recognition, compositional", [("teacher", 90, 85), ("compodistill", 85, 75)])
 def test_what_ships_has_learned_its_world(world, name, recognition, compositional):
     """The README's promise for the teacher and its student, on 40 items a kind."""
-    scores = evaluation.tiny_scores(model.load(train.TINY / name), world)
+    scores = tiny_scores(model.load(TINY / name), world)
     assert scores["recognition"] >= recognition and scores["compositional"] >= compositional, scores
 
 
@@ -198,18 +152,18 @@ def test_the_text_only_student_cannot_guess(teacher, world):
     """Without a picture the questions give nothing away: a blind model stays near chance on caption pairs."""
     torch.manual_seed(0)
     blind = model.VLM.assemble(
-        teacher.vision, model.Qwen.load(train.TINY / "student"), teacher.tokenizer, teacher, taf=True
+        teacher.vision, model.load_lm(TINY / "student"), teacher.tokenizer, teacher, taf=True
     )
     with torch.no_grad():
         for parameter in blind.adapter.student.parameters():
             parameter.zero_()  # every picture looks the same
-    scores = evaluation.tiny_scores(blind.eval(), world)
+    scores = tiny_scores(blind.eval(), world)
     assert 40 < scores["compositional"] < 60, scores
 
 
 # ---------------------------------------------------------------- bench
 
-TEACHER = str(train.TINY / "teacher")
+TEACHER = str(TINY / "teacher")
 
 
 def bench(world, out, *flags, name="sugarcrepe", annotations=None):
@@ -457,7 +411,7 @@ def test_foreign_answers_are_refused_and_kept(world, asked, tmp_path):
     refused("error: .*a.jsonl holds.* of another run.*sugarcrepe.*rbench", name="rbench", annotations=asked)
     refused("another run.*choice.*generate", "--scorer", "generate")
     refused("another run.*fp32.*bf16", "--precision", "bf16")
-    refused("another run.*model", "--model", str(train.TINY / "teacher-lm"))
+    refused("another run.*model", "--model", str(TINY / "teacher-lm"))
     other = tmp_path / "test"
     other.mkdir()
     for file in (world / "test").glob("*_*.json"):
@@ -592,10 +546,10 @@ def answered(out):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, says",
-    [("bench_eval.py --rounds 1 --items 4", "choice agrees in 4 of them"),
-     ("bench.py floor --shape real --batch 1", "TFLOP")],
+    [("scoring.py --rounds 1 --items 4", "choice agrees in 4 of them"),
+     ("step.py floor --shape real --batch 1", "TFLOP")],
 )  # fmt: skip
 def test_the_benchmarks_of_speed_run(argv, says):
-    argv = [sys.executable, ROOT / "tests" / argv.split()[0], *argv.split()[1:]]
+    argv = [sys.executable, ROOT / "bench" / argv.split()[0], *argv.split()[1:]]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and says in done.stdout, done.stderr

@@ -16,9 +16,9 @@ from test_model import CLOSE, GOLDEN, PICTURE, PIXELS, tiny, tiny_tokenizer
 
 import data
 import model
-from checkpoint import BadInput
+from support.errors import BadInput
 from data import IMAGE_TOKEN
-from tiny.world import DESCRIBE, draw, random_scene
+from support.world import DESCRIBE, draw, random_scene
 
 ROOT = Path(model.__file__).parent
 TEACHER = ROOT / "tiny/teacher"
@@ -136,7 +136,7 @@ def test_a_row_that_is_lacking_is_the_mean_row(tied, tmp_path):
 def test_the_new_word_is_never_the_answer(tmp_path):
     """Not even where every logit is negative, so that a row of zeros would win."""
     vlm, prompt = tiny(tiny_tokenizer(), dict(vocab_size=IDS)), torch.tensor([[1, 2, 3]])
-    hidden = vlm.lm.hidden(prompt)[0][0, -1]
+    hidden = vlm.lm(prompt).hidden[0, -1]
     vlm.lm.lm_head.weight.copy_(-(0.1 + torch.rand(IDS, 1)) * hidden)
     expected = vlm.generate(prompt, max_new_tokens=1)
     assert vlm(prompt).logits[0, -1].max() < 0

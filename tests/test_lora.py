@@ -5,13 +5,14 @@ import torch
 from torch import nn
 
 import model
-import train
-from training import lora, recipes
+from helpers import config
+from support.world import TINY
+from training import lora, models
 
 
 @pytest.fixture
 def student():
-    return model.load(train.TINY / "teacher")
+    return model.load(TINY / "teacher")
 
 
 def add(vlm, rank=4, alpha=8.0, dropout=0.0):
@@ -46,7 +47,7 @@ def test_merged_and_unmerged_agree(student):
     add(student)
     unmerged = student.lm(IDS).logits
     assert (unmerged - plain).abs().max() > 0.1
-    merged = model.load(train.TINY / "teacher")
+    merged = model.load(TINY / "teacher")
     merged.load_state_dict(lora.merge(student.state_dict(), 4, 8.0), strict=True)
     torch.testing.assert_close(merged.lm(IDS).logits, unmerged, rtol=1e-5, atol=1e-5)
     assert lora.merge(merged.state_dict(), 4, 8.0).keys() == merged.state_dict().keys()
@@ -63,13 +64,12 @@ def test_all_linear_layers_have_it_and_the_head_has_not(student):
 
 def test_what_is_trained(student):
     """With LoRA the adapter and the two low-rank matrices; with full tuning the adapter and all of the LM."""
-    args = recipes.for_stage("2", train.parse_args(["--stage", "2", "--tune", "lora", "--lora-rank", "4"]), 1)
-    train.choose_trained("2", student, args)
+    models.choose_trained(student, config("--tune", "lora", "--lora-rank", 4))
     trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or name.startswith("adapter.") for name in trained)
     assert sum("lora_A" in name for name in trained) == 7 * len(student.lm.model.layers)
-    full = model.load(train.TINY / "teacher")
-    train.choose_trained("2", full, recipes.for_stage("2", train.parse_args(["--stage", "2"]), 1))
+    full = model.load(TINY / "teacher")
+    models.choose_trained(full, config())
     trained = {name for name, parameter in full.named_parameters() if parameter.requires_grad}
     assert trained == {name for name, _ in full.named_parameters() if not name.startswith("vision.")}
 

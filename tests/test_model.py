@@ -14,11 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import data
 import model
-from checkpoint import BadInput
 from data import IMAGE_TOKEN
-from model import VLM, VLMConfig
-from qwen import Look, QwenConfig
+from helpers import in_full
+from model import VLM
+from qwen import QwenConfig
 from siglip import SiglipConfig
+from support.errors import BadInput
+from support.layouts import VLMConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = ["released_layout", "hf_llava_layout", "hf_llava_layout_2024"]
@@ -90,12 +92,12 @@ def test_golden_released_layout():
     """Vision features, visual tokens through P_t and P_s, one attention map, and logits."""
     vlm, pixels = model.load(GOLDEN / "released_layout"), RELEASED["pixel_values"]
     assert vlm.config.drop_first_patch and vlm.num_image_tokens == 8 and vlm.config.taf_width == 96
-    torch.testing.assert_close(vlm.vision(pixels, layer=-2), RELEASED["penultimate_features"], **GOLDEN_CLOSE)
-    torch.testing.assert_close(vlm.vision(pixels, layer=-1), RELEASED["last_hidden"], **GOLDEN_CLOSE)
+    torch.testing.assert_close(vlm.vision(pixels, layer=-2).features, RELEASED["penultimate_features"], **GOLDEN_CLOSE)
+    torch.testing.assert_close(vlm.vision(pixels, layer=-1).features, RELEASED["last_hidden"], **GOLDEN_CLOSE)
     features = vlm.image_features(pixels)
-    assert torch.equal(features, vlm.vision(pixels, layer=-2)[:, 1:])
+    assert torch.equal(features, vlm.vision(pixels, layer=-2).features[:, 1:])
     torch.testing.assert_close(vlm.adapter(features), RELEASED["visual_tokens"], **GOLDEN_CLOSE)
-    out = vlm(RELEASED_IDS, pixels, attention_layers=[1])
+    out = vlm(RELEASED_IDS, pixels, requests=in_full(1))
     torch.testing.assert_close(out.logits, RELEASED["logits"], **GOLDEN_CLOSE)
     torch.testing.assert_close(out.attentions[1], RELEASED["attention_layer1"], **GOLDEN_CLOSE)
     torch.testing.assert_close(vlm(RELEASED_IDS, pixels).logits, RELEASED["logits"], **GOLDEN_CLOSE)
@@ -321,7 +323,7 @@ def test_assembled_of_parts(with_teacher, drop, tmp_path):
         visual = teacher.adapter(vlm.image_features(PIXELS[:1]))
         fetched = vlm.adapter.student(visual)
         assert fetched.shape == (1, vlm.num_image_tokens, 32)
-        assert torch.equal(logits, vlm(ids, visual_tokens=fetched).logits)
+        assert torch.equal(logits, vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=fetched)).logits)
     vlm.save(tmp_path / "saved")
     assert torch.equal(model.load(tmp_path / "saved")(ids, PIXELS[:1]).logits, logits)
 
@@ -335,7 +337,7 @@ def test_visual_tokens_stand_where_the_placeholders_stood(token):
     vlm = tiny(image_token_index=269)
     rows = [[1, *[token] * 4, 2, 3], [4, 5, 6, *[token] * 4], [7] * 7]
     embeds = vlm.embed(torch.tensor(rows), PIXELS[:2])
-    visual = vlm.adapter(vlm.vision(PIXELS[:2], layer=-2))
+    visual = vlm.adapter(vlm.vision(PIXELS[:2], layer=-2).features)
     assert torch.equal(embeds[0, 1:5], visual[0]) and torch.equal(embeds[1, 3:], visual[1])
     table = vlm.lm.model.embed_tokens.weight
     assert torch.equal(embeds[0, [0, 5, 6]], table[[1, 2, 3]]) and torch.equal(embeds[2], table[[7] * 7])
@@ -345,8 +347,8 @@ def test_visual_tokens_stand_where_the_placeholders_stood(token):
 def test_visual_tokens_may_stand_in_for_pixels():
     vlm, ids = tiny(), torch.tensor([[1, *PICTURE, 2], [*PICTURE, 3, 4]])
     visual = vlm.adapter(vlm.image_features(PIXELS[:2]))
-    assert torch.equal(vlm(ids, visual_tokens=visual).logits, vlm(ids, PIXELS[:2]).logits)
-    assert not torch.allclose(vlm(ids, visual_tokens=visual.flip(0)).logits, vlm(ids, PIXELS[:2]).logits)
+    assert torch.equal(vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual)).logits, vlm(ids, PIXELS[:2]).logits)
+    assert not torch.allclose(vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual.flip(0))).logits, vlm(ids, PIXELS[:2]).logits)
 
 
 def test_gradients_reach_adapter_and_real_tokens_only():
@@ -356,20 +358,6 @@ def test_gradients_reach_adapter_and_real_tokens_only():
     table = vlm.lm.model.embed_tokens.weight.grad.abs().sum(1)
     assert table.nonzero().flatten().tolist() == [1, 2]
     assert vlm.adapter.linear_1.weight.grad.abs().max() > 0
-
-
-@torch.no_grad()
-def test_reduced_maps_of_a_batch_with_and_without_pictures():
-    vlm, rows = tiny(), [[1, *PICTURE, 2, 3, 4], [5, 6, 7, *PICTURE], [8, 9]]
-    ids, mask = padded(rows, "right")
-    columns = torch.tensor([[1, 2, 3, 4], [3, 4, 5, 6], [0, 0, 0, 0]])
-    whole = vlm(ids, PIXELS[:2], mask, attention_layers=[0, 2]).attentions
-    look = Look([[0], [2], [0, 2]], slice(1, 7), columns)
-    *reduced, both = vlm(ids, PIXELS[:2], mask, look=look).attentions
-    for layer, got in zip((0, 2), reduced):
-        expected = torch.stack([m.mean(0)[:, c] for m, c in zip(whole[layer], columns)])
-        torch.testing.assert_close(got, expected[:, 1:7])
-    torch.testing.assert_close(both, (reduced[0] + reduced[1]) / 2)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +394,7 @@ def test_placeholders_and_pictures_must_match(rows, pictures):
 def test_visual_tokens_of_another_number_are_an_error(number):
     """For instance those of a teacher that keeps all patches, given to a student that drops the first."""
     with pytest.raises(ValueError):
-        tiny()(torch.tensor([[1, *PICTURE, 2]]), visual_tokens=torch.randn(1, number, 32))
+        tiny().embed(torch.tensor([[1, *PICTURE, 2]]), visual_tokens=torch.randn(1, number, 32))
 
 
 # A frozen part in bfloat16 beside a trained one in float32, and the other way about.
@@ -426,7 +414,7 @@ def test_each_part_computes_in_its_own_dtype(mixed, tmp_path):
     for name, dtype in MIXED[mixed].items():
         getattr(vlm, name).to(dtype)
     vision, adapter, lm = (next(part.parameters()).dtype for part in (vlm.vision, vlm.adapter, vlm.lm))
-    z = vlm.vision(PIXELS[:1].to(vision), layer=-2)
+    z = vlm.vision(PIXELS[:1].to(vision), layer=-2).features
     for given in (PIXELS[:1], PIXELS[:1].to(torch.bfloat16).to(vision)):
         assert vlm.image_features(given).dtype == vlm.image_features(None).dtype == vision
     assert torch.equal(vlm.image_features(PIXELS[:1]), z)
@@ -525,7 +513,7 @@ def test_the_tokenizers_end_of_text_is_the_default_stop():
     vlm = tiny(tiny_tokenizer())
     end = vlm.tokenizer.token_to_id(data.END_OF_TEXT)
     with torch.no_grad():  # the end of text gets the logit |h|^2 after [1, 2], everything else 0
-        hidden = vlm.lm.hidden(torch.tensor([[1, 2]]), None, (), None, None, None)[0][0, -1]
+        hidden = vlm.lm(torch.tensor([[1, 2]])).hidden[0, -1]
         vlm.lm.lm_head.weight.zero_()[end] = hidden
     assert vlm.generate(torch.tensor([[1, 2]]), max_new_tokens=NEW).tolist() == [[end]]
     assert vlm.generate(torch.tensor([[1, 2]]), max_new_tokens=NEW, stop_ids=[]).shape == (1, NEW)

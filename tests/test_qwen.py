@@ -1,8 +1,7 @@
-"""qwen.py: equal to transformers, the two ways through attention, positions, padding, cache, config."""
+"""qwen.py: equal to transformers, the two ways through attention, positions, padding, cache; its config."""
 
 import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import qwen
-from checkpoint import BadInput
-from qwen import Cache, Look, Qwen, QwenConfig, explicit_attention, rope_angles, rotate, visual_columns_of
+import model
+from helpers import in_full
+from qwen import Cache, Qwen, QwenConfig, explicit_attention, rope_angles, rotate
+from support import layouts
+from support.errors import BadInput
 
 SIZES = dict(
     vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
@@ -40,7 +41,9 @@ def tiny(**changes) -> Qwen:
 
 
 def hidden(lm, ids, mask=None, cache=None):
-    return lm.hidden(ids, mask, (), None, None, cache)[0]
+    out = lm(ids, mask, cache=cache, logits=False)
+    assert out.logits is None
+    return out.hidden
 
 
 def gradients(lm, loss):
@@ -79,12 +82,12 @@ def random_transformers_model(**changes):
 def test_logits_and_attention_equal_transformers(shape, tmp_path):
     theirs = random_transformers_model(**SHAPES[shape])
     theirs.save_pretrained(tmp_path)
-    ours = Qwen.load(tmp_path)
+    ours = model.load_lm(tmp_path)
     assert (ours.lm_head is None) == SHAPES[shape].get("tie_word_embeddings", False)
     layers = range(len(ours.model.layers))
     for mask in (torch.ones_like(RIGHT), RIGHT):
         expected = theirs(IDS, attention_mask=mask.long(), output_attentions=True)
-        out = ours(IDS, mask, attention_layers=layers)
+        out = ours(IDS, mask, requests=in_full(*layers))
         torch.testing.assert_close(out.logits[mask], expected.logits[mask], **CLOSE)
         torch.testing.assert_close(ours(IDS, mask).logits[mask], expected.logits[mask], **CLOSE)
         assert list(out.attentions) == list(layers)
@@ -99,7 +102,7 @@ def test_sharded_checkpoint_loads(tied, tmp_path):
     theirs = random_transformers_model(tie_word_embeddings=tied)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 and not (tmp_path / "model.safetensors").exists()
-    torch.testing.assert_close(Qwen.load(tmp_path)(IDS).logits, theirs(IDS).logits, **CLOSE)
+    torch.testing.assert_close(model.load_lm(tmp_path)(IDS).logits, theirs(IDS).logits, **CLOSE)
 
 
 @torch.no_grad()
@@ -110,7 +113,7 @@ def test_a_tied_files_own_copy_of_the_head_is_dropped(tmp_path):
     assert "lm_head.weight" not in tensors
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors")
-    ours = Qwen.load(tmp_path)
+    ours = model.load_lm(tmp_path)
     assert ours.lm_head is None
     torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits, **CLOSE)
 
@@ -120,10 +123,10 @@ def test_loads_in_the_dtype_asked_for(tmp_path):
     """bfloat16 computes as transformers does in bfloat16, up to a few roundings."""
     theirs = random_transformers_model()
     theirs.save_pretrained(tmp_path)
-    ours = Qwen.load(tmp_path, dtype=torch.bfloat16)
+    ours = model.load_lm(tmp_path, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.bfloat16}
     expected = theirs.to(torch.bfloat16)(IDS).logits
-    out = ours(IDS, attention_layers=[0])
+    out = ours(IDS, requests=in_full(0))
     assert out.logits.dtype == torch.bfloat16 and out.attentions[0].dtype == torch.float32
     difference = (out.logits.float() - expected.float()).abs().mean() / expected.float().abs().mean()
     assert difference < 0.02
@@ -140,7 +143,7 @@ def test_explicit_path_equals_sdpa(kv_heads, mask, layers):
     lm = tiny(num_key_value_heads=kv_heads)
     real = torch.ones_like(RIGHT) if mask is None else mask
     weight = torch.randn(3, 9, 61)
-    fast, looked = lm(IDS, mask), lm(IDS, mask, attention_layers=layers)
+    fast, looked = lm(IDS, mask), lm(IDS, mask, requests=in_full(*layers))
     assert fast.attentions == {} and set(looked.attentions) == set(layers)
     torch.testing.assert_close(looked.logits[real], fast.logits[real], **CLOSE)
     expected = gradients(lm, (fast.logits * weight)[real].sum())
@@ -152,102 +155,10 @@ def test_explicit_path_equals_sdpa(kv_heads, mask, layers):
         )
 
 
-COLUMNS = torch.tensor(
-    [[1, 2, 3], [5, 3, 4], [0, 2, 1]]
-)  # another place in every row, and not only ascending
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 4, 128])
-@pytest.mark.parametrize("kv_heads", [4, 2])
-@pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
-@pytest.mark.parametrize("rows", [slice(0, 9), slice(2, 9), slice(3, 7), slice(8, 9), slice(4, 4)])
-def test_a_look_is_the_head_mean_of_whole_maps(monkeypatch, mask, kv_heads, chunk, rows):
-    """The same numbers, the same logits, and the same gradients through the maps as from whole maps, however
-    many rows are made at a time; group means as well.
-    """
-    monkeypatch.setattr(qwen, "QUERY_ROWS", chunk)
-    lm = tiny(num_key_value_heads=kv_heads)
-    whole = lm(IDS, mask, attention_layers=[0, 1, 2])
-    seen = lm(IDS, mask, look=Look([[0], [2], [0, 1, 2]], rows, COLUMNS))
-    torch.testing.assert_close(whole.logits, seen.logits, **CLOSE)
-    single = {
-        layer: torch.stack([m.mean(0)[:, columns] for m, columns in zip(maps, COLUMNS)])[:, rows]
-        for layer, maps in whole.attentions.items()
-    }
-    expected = [single[0], single[2], (single[0] + single[1] + single[2]) / 3]
-    assert [m.shape for m in seen.attentions] == [(3, rows.stop - rows.start, 3)] * 3
-    for got, want in zip(seen.attentions, expected):
-        torch.testing.assert_close(got, want)
-    if rows.start == rows.stop:
-        return
-    weight = torch.randn(3, 3, rows.stop - rows.start, 3)
-    expected, got = (
-        gradients(lm, (torch.stack(maps) * weight).sum()) for maps in (expected, seen.attentions)
-    )
-    for name in expected:
-        assert (got[name] is None) == (expected[name] is None), name
-        if got[name] is not None:
-            torch.testing.assert_close(got[name], expected[name], rtol=1e-4, atol=1e-5)
-    if rows.stop - rows.start > 1:
-        assert got["model.layers.0.self_attn.q_proj.weight"].abs().max() > 1e-3
-        assert got["model.layers.2.self_attn.k_proj.weight"].abs().max() > 1e-3
-    assert got["model.layers.2.self_attn.o_proj.weight"] is None  # comes after the last map
-
-
-def test_a_look_keeps_no_map_with_heads():
-    """What the backward pass keeps of a looked-at layer is q, k and (B,R,P): nothing of size H * T * S, and
-    no more than its plain form keeps without a look, but for the maps.
-    """
-    torch.manual_seed(0)
-    lm, T = tiny(max_position_embeddings=512), 300
-    ids, columns = torch.randint(0, 61, (2, T)), torch.arange(5, 55).expand(2, 50)
-
-    def kept(**kwargs):
-        sizes = {}
-        pack = lambda t: sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t  # noqa
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = lm.hidden(ids, **kwargs)
-        return out, sizes.values()
-
-    heads = 4 * 2 * 4 * T * T  # bytes of one (B,H,T,S) map
-    _, plain = kept()
-    _, whole = kept(attention_layers=[1])
-    _, look = kept(look=Look([[1]], slice(5, T), columns))
-    assert max(plain) < heads / 2 and max(look) < heads / 2 and max(whole) >= heads
-    assert sum(look) - sum(plain) < 3 * 4 * 2 * (T - 5) * 50, "more than some (B,R,P)"
-
-
-def test_rows_outside_a_look_are_never_computed(monkeypatch):
-    """The queries that reach softmax are those of the look, each once, with the keys before them only."""
-    shapes = []
-    plain = qwen.probabilities
-    monkeypatch.setattr(qwen, "QUERY_ROWS", 2)
-    monkeypatch.setattr(
-        qwen, "probabilities", lambda q, k, m: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, m)
-    )
-    with torch.no_grad():
-        tiny()(IDS, look=Look([[1]], slice(3, 8), COLUMNS))
-    assert shapes == [(2, 5), (2, 7), (1, 8)]
-
-
-def test_whole_maps_and_a_look_exclude_each_other():
-    with pytest.raises(ValueError, match="exclude each other"):
-        tiny()(IDS, attention_layers=[0], look=Look([[1]], slice(0, 9), COLUMNS))
-
-
-def test_visual_columns_by_hand():
-    """Two heads, two queries, three keys; the columns 2 and 0."""
-    attention = torch.tensor([[[[1.0, 0, 0], [0.2, 0.8, 0]], [[0.5, 0.5, 0], [0.4, 0, 0.6]]]])
-    expected = torch.tensor([[[0.0, 0.75], [0.3, 0.3]]])
-    torch.testing.assert_close(visual_columns_of(attention, torch.tensor([[2, 0]])), expected)
-
-
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_that_is_not_there_is_an_error(layer):
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        tiny()(IDS, attention_layers=[layer])
-    with pytest.raises(ValueError, match="layers 0 to 2"):
-        tiny()(IDS, look=Look([[0, layer]], slice(0, 9), COLUMNS))
+        tiny()(IDS, requests=in_full(0, layer))
 
 
 # ---------------------------------------------------------------- positions, causality, padding
@@ -288,7 +199,7 @@ def test_explicit_attention_by_hand():
 def test_a_token_changes_nothing_before_it(layers):
     lm, changed = tiny(), IDS.clone()
     changed[:, 5] = (IDS[:, 5] + 1) % 61
-    before, after = lm(IDS, None, layers).logits, lm(changed, None, layers).logits
+    before, after = (lm(ids, requests=in_full(*layers)).logits for ids in (IDS, changed))
     torch.testing.assert_close(after[:, :5], before[:, :5], rtol=0, atol=1e-6)
     assert ((after - before)[:, 5:].abs().amax(-1) > 1e-3).all()  # at its place and at every later one
 
@@ -300,18 +211,18 @@ def test_padding_is_never_read(mask, layers):
     """Other padding tokens change nothing at real positions, and each row is as it is alone."""
     lm = tiny()
     changed = torch.where(mask, IDS, (IDS + 7) % 61)
-    logits = lm(IDS, mask, layers).logits
+    logits = lm(IDS, mask, in_full(*layers)).logits
     assert logits.isfinite().all()
-    torch.testing.assert_close(lm(changed, mask, layers).logits[mask], logits[mask], rtol=0, atol=1e-6)
+    torch.testing.assert_close(lm(changed, mask, in_full(*layers)).logits[mask], logits[mask], rtol=0, atol=1e-6)
     for row in range(3):
-        alone = lm(IDS[row][mask[row]][None], None, layers).logits[0]
+        alone = lm(IDS[row][mask[row]][None], None, in_full(*layers)).logits[0]
         torch.testing.assert_close(logits[row][mask[row]], alone, **CLOSE)
 
 
 @pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
 @torch.no_grad()
 def test_attention_rows_are_distributions_over_what_may_be_seen(mask):
-    out = tiny()(IDS, mask, attention_layers=[0, 1, 2])
+    out = tiny()(IDS, mask, requests=in_full(0, 1, 2))
     real = torch.ones_like(RIGHT) if mask is None else mask
     for maps in out.attentions.values():
         torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 9))
@@ -375,14 +286,14 @@ WRITTEN_BY = {
 def test_config_of_transformers_4_and_5(version, nested):
     config = {**PLAIN, "use_sliding_window": False, **WRITTEN_BY[version]}
     config = {"model_type": "llava", "text_config": config, "vocab_size": 1} if nested else config
-    assert QwenConfig.from_hf(config, FILE) == QwenConfig(
+    assert layouts.qwen_config(config, FILE) == QwenConfig(
         **{**SIZES, "rope_theta": 5e6, "tie_word_embeddings": True}
     )
 
 
 def test_config_fields_that_a_file_leaves_out_have_transformers_defaults():
     transformers = pytest.importorskip("transformers")
-    ours = QwenConfig.from_hf({"model_type": "qwen2"}, FILE)
+    ours = layouts.qwen_config({"model_type": "qwen2"}, FILE)
     theirs = transformers.Qwen2Config().to_dict()
     theirs = {"rope_theta": (theirs.get("rope_parameters") or {}).get("rope_theta"), **theirs}
     for name, value in vars(ours).items():
@@ -404,10 +315,10 @@ def test_config_fields_that_a_file_leaves_out_have_transformers_defaults():
 )
 def test_config_that_is_not_supported_is_refused(bad):
     with pytest.raises(BadInput, match=str(FILE)):
-        QwenConfig.from_hf({**PLAIN, **bad}, FILE)
+        layouts.qwen_config({**PLAIN, **bad}, FILE)
 
 
-# ---------------------------------------------------------------- recomputation, compilation
+# ---------------------------------------------------------------- recomputation
 
 
 class Calls(TorchDispatchMode):
@@ -422,15 +333,13 @@ class Calls(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("look", [None, Look([[0], [1, 2]], slice(2, 9), COLUMNS)], ids=["plain", "look"])
-def test_checkpointing_runs_layers_again_and_changes_no_number(look):
+def test_checkpointing_runs_layers_again_and_changes_no_number():
     lm, silu = tiny(), "aten.silu.default"
     weight, results, calls = torch.randn(3, 9, 61), [], []
     for lm.checkpointing in (False, True):
         with Calls() as mode:
-            out = lm(IDS, look=look)
-            maps = sum((i + 1) * m.square().sum() for i, m in enumerate(out.attentions))
-            loss = (out.logits * weight).sum() + maps
+            out = lm(IDS, requests=in_full(1))
+            loss = (out.logits * weight).sum() + out.attentions[1].square().sum()
             results.append((loss, gradients(lm, loss)))
         calls.append(mode.number[silu])
     torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
@@ -438,22 +347,3 @@ def test_checkpointing_runs_layers_again_and_changes_no_number(look):
     with torch.no_grad(), Calls() as mode:
         lm(IDS)
     assert mode.number[silu] == 3  # no gradient, nothing to recompute
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
-    """Logits, maps and gradients, for a first length and for another, which compiles with sizes left open."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    lm, fast = tiny(num_hidden_layers=1), tiny(num_hidden_layers=1)
-    fast.load_state_dict(lm.state_dict())
-    for layer in fast.model.layers:
-        layer.compile()
-    for length in (9, 7):
-        look = Look([[0]], slice(1, length), COLUMNS)
-        results = []
-        for model in (lm, fast):
-            out = model(IDS[:, :length], look=look)
-            loss = out.logits.square().mean() + sum(m.square().sum() for m in out.attentions)
-            results.append((out.logits, out.attentions, gradients(model, loss)))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

@@ -17,9 +17,14 @@ from safetensors.torch import load_file
 import data
 import model
 import train
+from distill import METHODS, loss_counts
+from helpers import config, in_full
+from support.errors import BadInput
+from support.world import TINY, make_world
+from tiny.__main__ import main as tiny
 from tiny.students import STUDENTS
-from tiny.world import make_world
 from training import recipes
+from training.models import check_pair, load_models
 
 ROOT = Path(train.__file__).parent
 # So small because the gradient of a key's bias is almost 0 (softmax does not see a shift of all scores) and
@@ -53,11 +58,6 @@ def stage(out, world, *flags, ranks=1, stage=1):
     return read_log(out / "student" / f"stage{stage}.jsonl")
 
 
-def stage_2(argv):
-    """The arguments of a stage 2 on one rank."""
-    return recipes.for_stage("2", train.parse_args(argv), ranks=1)
-
-
 def read_log(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -70,7 +70,7 @@ def one_rank(world, tmp_path_factory):
     return out, logs
 
 
-NAME = ("--name", "student", "--vat-rows", "--vat-queries", "text")
+NAME = ("--name", "student", "--vat-loss", "cosine-rows", "--vat-queries", "text")
 
 
 @pytest.mark.parametrize("ranks, batch, accumulation", [(2, 4, 1), (1, 2, 4)])
@@ -98,8 +98,8 @@ def test_ranks_and_micro_batches_do_not_change_the_training(
 def test_each_stage_trains_what_it_says(one_rank):
     """Stage 1 moves P_s alone, stage 2 P_s and the language model; the vision encoder and P_t never move."""
     out, _ = one_rank
-    lm = load_file(train.TINY / "student/model.safetensors")
-    teacher = load_file(train.TINY / "teacher/model.safetensors")
+    lm = load_file(TINY / "student/model.safetensors")
+    teacher = load_file(TINY / "teacher/model.safetensors")
     first, second = (load_file(out / f"student/stage{n}/model.safetensors") for n in (1, 2))
     for name, tensor in first.items():
         if name.startswith("lm."):
@@ -117,13 +117,13 @@ def test_first_step_by_hand(one_rank, world):
     import distill
 
     out, (_, log) = one_rank
-    student, teacher = model.load(out / "student/stage1"), model.load(train.TINY / "teacher")
+    student, teacher = model.load(out / "student/stage1"), model.load(TINY / "teacher")
     dataset = data.LlavaDataset(world / "tune.json", world / "images", student.tokenizer, 16, 40)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0)).tolist()
     batch = data.collate([dataset[i] for i in order[:8]])
     ids, pixels, mask = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
     s, t = (
-        vlm(ids, pixels, mask, attention_layers=range(len(vlm.lm.model.layers))) for vlm in (student, teacher)
+        vlm(ids, pixels, mask, requests=in_full(*range(len(vlm.lm.model.layers)))) for vlm in (student, teacher)
     )
     total, count = distill.kl_loss(s.logits, t.logits, batch["labels"])
     assert log[0]["kl"] == pytest.approx((total / count).item(), abs=1e-5)
@@ -153,7 +153,7 @@ def test_a_rank_without_pictures_neither_hangs_nor_skews(one_rank, world, tmp_pa
     file.write_text(json.dumps(records))
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0)).view(4, 2) >= 6
     assert {int(step.sum()) for step in order} >= {0, 1}  # steps in which no rank or one rank has a picture
-    start = train.TINY / "student" if number == 1 else one_rank[0] / "student/stage1"
+    start = TINY / "student" if number == 1 else one_rank[0] / "student/stage1"
     where = ["--data", file, "--images", world / "images", "--name", "student", "--log-every", 1, "--lr", LR]
     for ranks in (1, 2):
         flags = ["--student", start, "--steps", 4, "--batch-size", 2 // ranks, "--out", tmp_path / str(ranks)]
@@ -193,78 +193,16 @@ def test_every_row_of_the_ablation_tables_runs(world, tmp_path, flags):
     assert isinstance(student.answer(world / "images/test-0.png", "What colour is the circle?"), str)
 
 
-@pytest.mark.parametrize("chunk", [7, 1000])
-@pytest.mark.parametrize(
-    "flags",
-    ["", "--vat-queries text --vat-rows --vat-weight 3", "--vat-queries image", "--vat-loss mse",
-     "--vat-loss kl", "--matching simple", "--matching adaptive", "--layers all", "--kl-weight 0",
-     "--kl-weight 0.5", "--method released --layers early --kl-weight 0.5"],
-)  # fmt: skip
-def test_a_step_is_the_whole_matrix_form(one_rank, world, monkeypatch, flags, chunk):
-    """What Step streams in chunks, from some rows, columns and answers, is the plain form from all logits
-    and all maps: the same terms and the same gradient of every parameter.
-    """
-    import distill
-    import qwen
-
-    monkeypatch.setattr(qwen, "QUERY_ROWS", chunk)
-    monkeypatch.setattr(distill, "LOGIT_ROWS", chunk)
-    student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
-    student.requires_grad_(True)
-    student.vision.requires_grad_(False)
-    student.adapter.teacher.requires_grad_(False)
-    dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
-    samples = [dataset[i] for i in range(4)]
-    text = [{"from": "human", "value": "Any shape?"}, {"from": "gpt", "value": "no"}]
-    for turns in (text, [*text, {"from": "human", "value": "<image> And here?"}, text[1]]):
-        ids, labels = data.encode(turns, teacher.tokenizer, 16)
-        samples.append({"input_ids": ids, "labels": labels})
-    samples[-1]["pixel_values"] = samples[0]["pixel_values"]  # a picture in a later turn
-    batch = data.collate(samples)
-    args = stage_2(["--stage", "2", *flags.split()])
-    step = train.Step(student, teacher, "2", args)
-    loss, terms = step(batch, step.counts(batch))
-    names, parameters = zip(*[(n, p) for n, p in student.named_parameters() if p.requires_grad])
-    ours = torch.autograd.grad(loss, parameters, allow_unused=True)
-
-    s, t = (
-        vlm(batch["input_ids"], batch["pixel_values"], None, range(len(vlm.lm.model.layers)))
-        for vlm in (student, teacher)
-    )
-    columns = batch["visual_columns"]
-    maps = [{i: qwen.visual_columns_of(m, columns) for i, m in out.attentions.items()} for out in (s, t)]
-    layers = [distill.choose_layers(args.layers, len(m), teacher=m is maps[1]) for m in maps]
-    rows = distill.query_rows(args.vat_queries, columns, batch["has_image"], batch["attention_mask"])
-    s_maps, t_all = (torch.stack([m[i] for i in which]) for m, which in zip(maps, layers))
-    if args.matching == "adaptive":
-        t_maps = distill.adaptive_match(s_maps, t_all, rows)
-    else:
-        t_maps = distill.group_mean(maps[1], distill.match_layers(*layers, args.matching))
-    if args.vat_loss == "released":
-        seen = [0, 1, 2, 3, 5]  # the samples with a picture
-        square = lambda m: torch.stack([torch.stack([l[b, columns[b]] for b in seen]) for l in m])  # noqa
-        adl, count = distill.released_attention_loss(square(s_maps), square(t_maps))
-    else:
-        adl, count = distill.visual_attention_loss(s_maps, t_maps, rows, args.vat_loss, args.vat_rows)
-    lm, answers = distill.lm_loss(s.logits, batch["labels"])
-    kl, _ = distill.kl_loss(s.logits, t.logits, batch["labels"], shifted=args.kl_shifted)
-    expected = {"lm": lm / answers, "kl": kl / answers, "adl": adl / count}
-    if not args.kl_weight:
-        del expected["kl"]
-    assert terms.keys() == expected.keys()
-    for name in terms:
-        torch.testing.assert_close(terms[name], expected[name].detach(), rtol=1e-5, atol=1e-5)
-    plain = expected["lm"] + args.kl_weight * expected.get("kl", 0) + args.vat_weight * expected["adl"]
-    plain = torch.autograd.grad(plain, parameters, allow_unused=True)
-    for name, a, b in zip(names, ours, plain):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+def step_of(student, teacher, *flags):
+    c = config(*flags)
+    return train.Step(student, teacher, c.method, c.weights, c.plain)
 
 
 def test_memory_and_compile_flags_reach_the_models(one_rank):
-    student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
-    assert not train.Step(student, teacher, "2", stage_2(["--stage", "2"])).student.lm.checkpointing
-    flags = ["--stage", "2", "--gradient-checkpointing", "--compile"]
-    train.Step(student, teacher, "2", stage_2(flags))
+    start = ("--student", one_rank[0] / "student/stage1")
+    student, teacher = load_models(config(*start), "cpu")
+    assert not student.lm.checkpointing
+    student, teacher = load_models(config(*start, "--gradient-checkpointing", "--compile"), "cpu")
     assert student.lm.checkpointing and not teacher.lm.checkpointing
     towers = student.lm.model, teacher.lm.model, student.vision.encoder
     assert all(layer._compiled_call_impl is not None for tower in towers for layer in tower.layers)
@@ -272,46 +210,77 @@ def test_memory_and_compile_flags_reach_the_models(one_rank):
 
 def test_frozen_parts_run_once(one_rank, world):
     """Teacher and student share one pass of the vision encoder and one of the teacher's adapter."""
-    student, teacher = model.load(one_rank[0] / "student/stage1"), model.load(train.TINY / "teacher")
-    student.vision, student.adapter.teacher = teacher.vision, teacher.adapter
+    c = config("--student", one_rank[0] / "student/stage1")
+    student, teacher = load_models(c, "cpu")
     dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
     batch = data.collate([dataset[i] for i in range(2)])
     calls = []
     for part in (teacher.vision, teacher.adapter):
         part.register_forward_hook(lambda module, *_: calls.append(module))
-    step = train.Step(student, teacher, "2", stage_2(["--stage", "2"]))
-    step(batch, step.counts(batch))
+    train.Step(student, teacher, c.method, c.weights)(batch, loss_counts(batch, c.method, c.weights))
     assert calls == [teacher.vision, teacher.adapter]
 
 
-def test_every_method_flag_reaches_the_loss(one_rank, world):
-    """Each row of the ablation tables is another attention loss on the same batch."""
-    out, _ = one_rank
-    teacher = model.load(train.TINY / "teacher")
-    dataset = data.LlavaDataset(world / "tune.json", world / "images", teacher.tokenizer, 16, 40)
-    batch = data.collate([dataset[i] for i in range(6)])
-    flags = ["", "--vat-rows", "--vat-queries text", "--vat-queries image", "--vat-loss mse", "--vat-loss kl",
-             "--layers early", "--layers later", "--layers all", "--matching simple", "--matching adaptive",
-             "--vat-loss released"]  # fmt: skip
-    values = {}
-    for flag in flags:
-        args = stage_2(["--stage", "2", *flag.split()])
-        step = train.Step(model.load(out / "student/stage1"), teacher, "2", args)
-        values[flag] = step(batch, step.counts(batch))[1]["adl"].item()
-    assert all(0 < value < 5 for value in values.values()), values
-    assert len({round(value, 6) for value in values.values()}) == len(flags), values
-    released = stage_2("--stage 2 --method released --layers intermediate".split())
-    shifted, unshifted = (
-        train.Step(model.load(out / "student/stage1"), teacher, "2", args)(batch, torch.ones(2))[1]["kl"]
-        for args in (stage_2(["--stage", "2"]), released)
+@pytest.mark.parametrize(
+    "flags, changes",
+    [
+        ("--vat-loss mse", {"distance": "mse"}),
+        ("--vat-queries text --layers all --matching simple", {"rows": "text", "layers": "all", "matching": "simple"}),
+        ("--no-taf", {"taf": False}),
+        ("--vat-weight 3", {"2": {"lm": 1, "kl": 1, "adl": 3}}),
+        ("--vat-loss none", {"2": {"lm": 1, "kl": 1}}),
+        ("--vat-weight 0", {"2": {"lm": 1, "kl": 1}}),
+        ("--kl-weight 0.5", {"1": {"lm": 1, "kl": 0.5}, "2": {"lm": 1, "kl": 0.5, "adl": 1}}),
+        ("--kl-weight 0", {"1": {"lm": 1}, "2": {"lm": 1, "adl": 1}}),
+        ("--method kd --vat-loss cosine-rows", {"taf": False, "distance": "cosine-rows", "2": {"lm": 1, "kl": 1, "adl": 1}}),
+        ("--method sft --kl-weight 1", {"taf": False, "1": {"lm": 1, "kl": 1}, "2": {"lm": 1, "kl": 1}}),
+        ("--method released", {"kl_shifted": False, "distance": "released", "rows": "image", "layers": "released"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_flags_make_the_method(flags, changes):
+    """Every flag of an ablation changes what it says and nothing else."""
+    method, paper = config(*flags.split()).method, METHODS["compodistill"]
+    weights = {stage: changes.get(stage, terms) for stage, terms in paper.weights.items()}
+    if "--method sft" in flags or "--method kd" in flags:
+        weights["1"] = changes.get("1", {"lm": 1, "kl": 1})
+    assert method.weights == weights
+    for name in ("taf", "kl_shifted", "distance", "rows", "layers", "matching"):
+        assert getattr(method, name) == changes.get(name, getattr(paper, name)), name
+
+
+def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
+    """`--plain`, ten steps from the same start: the losses and the weights of the lean form."""
+    reference, (_, log) = one_rank
+    start = ("--student", reference / "student/stage1", "--steps", 10, "--batch-size", 8)
+    rows = stage(tmp_path, world, *NAME, *start, "--plain", stage=2)
+    for ours, theirs in zip(rows, log, strict=True):
+        for name in ("lm", "kl", "adl", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-5, rel=1e-5), (name, ours["step"])
+    ours, theirs = (load_file(out / "student/stage2/model.safetensors") for out in (tmp_path, reference))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_loss_that_is_divided_by_something_else_stops_the_run(one_rank, world, tmp_path, ranks):
+    """A distance that gives a value a row and says that it counts samples: on the first step, with both numbers."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+        "distill.DISTANCES['cosine'] = distill.DISTANCES['cosine-rows']._replace(counts='samples')\n"
+        "train.main(sys.argv[1:])\n"
     )
-    assert shifted.item() != pytest.approx(unshifted.item(), rel=1e-3)
+    (tmp_path / "hack.py").write_text(program)
+    start = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
+    where = ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4, "--steps", 3]
+    code, text = run(tmp_path / "hack.py", *start, *where, ranks=ranks)
+    assert code != 0 and re.search(rf"error: the loss adl counts \d+ items on the first step, but was divided by {4 * ranks}: ", text)
 
 
 def test_stage_0_makes_a_teacher_of_any_language_model(world, tmp_path):
     """Both parts in one call; part b goes on from part a, whatever --student said."""
     shutil.copytree(world, tmp_path / "world")  # where `--stage 0` looks for the tiny world
-    models = ["--student", train.TINY / "student", "--vision", train.TINY / "vision"]
+    models = ["--student", TINY / "student", "--vision", TINY / "vision"]
     train.main(list(map(str, ["--stage", "0", "--out", tmp_path, *models, "--steps", 2, "--batch-size", 4])))
     teacher = model.load(tmp_path / "teacher/stage0b")
     assert teacher.num_image_tokens == 16 and teacher.config.text.hidden_size == 48
@@ -320,8 +289,8 @@ def test_stage_0_makes_a_teacher_of_any_language_model(world, tmp_path):
 @pytest.mark.parametrize("taf", [False, True])
 def test_new_adapters_are_where_the_model_is(taf):
     """On a GPU, say; the meta device stands in for it here."""
-    teacher = model.load(train.TINY / "teacher").to("meta")
-    lm = model.Qwen.load(train.TINY / "student").to("meta")
+    teacher = model.load(TINY / "teacher").to("meta")
+    lm = model.load_lm(TINY / "student").to("meta")
     student = model.VLM.assemble(teacher.vision, lm, teacher.tokenizer, teacher, taf=taf)
     assert {parameter.device.type for parameter in student.parameters()} == {"meta"}
 
@@ -334,30 +303,30 @@ def change_config(folder, **changes):
 def test_models_that_do_not_belong_together_are_refused(one_rank, world, tmp_path):
     """Other visual tokens, another tokenizer, another vision encoder: the losses would compare nothing."""
     out, _ = one_rank
-    teacher = model.load(train.TINY / "teacher")
+    teacher = model.load(TINY / "teacher")
     student = model.load(out / "student/stage1")
-    train.check_pair(student, teacher, taf=True)
+    check_pair(student, teacher, taf=True)
     with torch.no_grad():
-        model.load(train.TINY / "teacher").save(tmp_path / "layer")
+        model.load(TINY / "teacher").save(tmp_path / "layer")
     change_config(tmp_path / "layer", vision_feature_layer=-1)
     with pytest.raises(ValueError, match="layers or patches of their vision"):
-        train.check_pair(student, model.load(tmp_path / "layer"), taf=True)
-    tokenizer = json.loads((train.TINY / "teacher/tokenizer.json").read_text())
+        check_pair(student, model.load(tmp_path / "layer"), taf=True)
+    tokenizer = json.loads((TINY / "teacher/tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
     vocab["Ġred"], vocab["Ġblue"] = vocab["Ġblue"], vocab["Ġred"]
     teacher.save(tmp_path / "words")
     (tmp_path / "words/tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="tokenizers"):
-        train.check_pair(student, model.load(tmp_path / "words"), taf=True)
-    other = model.load(train.TINY / "teacher")
+        check_pair(student, model.load(tmp_path / "words"), taf=True)
+    other = model.load(TINY / "teacher")
     other.vision.embeddings.patch_embedding.bias.data += 1
     with pytest.raises(ValueError, match="vision encoder"):
-        train.check_pair(student, other, taf=True)
+        check_pair(student, other, taf=True)
     with pytest.raises(ValueError, match="adapter of its own"):
-        train.check_pair(teacher, teacher, taf=True)
+        check_pair(teacher, teacher, taf=True)
     with pytest.raises(ValueError, match="has the teacher's adapter; give --taf"):
-        train.check_pair(student, teacher, taf=False)
-    argv = ["--stage", 2, "--student", train.TINY / "teacher", "--out", tmp_path, "--steps", 1]
+        check_pair(student, teacher, taf=False)
+    argv = ["--stage", 2, "--student", TINY / "teacher", "--out", tmp_path, "--steps", 1]
     with pytest.raises(SystemExit, match="student .*teacher, teacher .*teacher: the student has an"):
         train.main(list(map(str, argv)))
 
@@ -374,7 +343,7 @@ def test_a_method_that_does_not_fit_leaves_no_run_behind(one_rank, world, tmp_pa
 def broken(tmp_path, world):
     """name -> (arguments, words that the one sentence must hold)."""
     half = tmp_path / "half"
-    model.load(train.TINY / "teacher").save(half)
+    model.load(TINY / "teacher").save(half)
     weights = half / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     bad_json = tmp_path / "bad.json"
@@ -388,7 +357,7 @@ def broken(tmp_path, world):
     return {
         "no teacher": (["--stage", "1", "--teacher", tmp_path / "none"], ["none"]),
         "plain language model as teacher": (
-            ["--stage", "1", "--teacher", train.TINY / "student"],
+            ["--stage", "1", "--teacher", TINY / "student"],
             ["config.json", "qwen2"],
         ),
         "a folder as data": (["--stage", "1", "--data", tmp_path, *images], [str(tmp_path)]),
@@ -396,10 +365,14 @@ def broken(tmp_path, world):
             ["--stage", "1", "--data", no_turns, *images],
             ["record 7", "conversations"],
         ),
-        "a multimodal start": (["--stage", "1", "--student", train.TINY / "teacher"], ["multimodal"]),
+        "a multimodal start": (["--stage", "1", "--student", TINY / "teacher"], ["multimodal"]),
         "truncated teacher": (["--stage", "1", "--teacher", half], ["model.safetensors"]),
-        "stage 2 without stage 1": (["--stage", "2"], ["stage1", "--stage 1"]),
-        "stage 3 without stage 2": (["--stage", "3"], ["stage2", "--stage 2"]),
+        "stage 2 without stage 1": (
+            ["--stage", "2", "--name", "mine"], ["mine/stage1 is missing", "`python train.py --stage 1 --name mine"]
+        ),
+        "stage 3 without stage 2": (
+            ["--stage", "3"], ["compodistill/stage2 is missing", "`python train.py --stage 2 --out", "TUNE.json"]
+        ),
         "no data": (["--stage", "1", "--data", tmp_path / "no.json", *images], ["no.json"]),
         "broken data": (["--stage", "1", "--data", bad_json, *images], ["bad.json"]),
         "no images": (["--stage", "1", "--data", world / "tune.json", "--images", tmp_path / "no"], ["no"]),
@@ -440,16 +413,15 @@ def test_bad_input_is_one_sentence(case, world, tmp_path):
         "--unknown",
         "--stage 2 --data x.json",
         "--stage 0 --data x.json --images x",
-        "--stage 2 --vat-loss mse --vat-rows",
-        "--stage 2 --vat-loss released --vat-queries text",
+        "--stage 2 --vat-loss none --vat-queries text",
+        "--stage 2 --method kd --vat-weight 3",
+        "--stage 2 --method sft --layers all",
         "--stage 2 --steps 1 --epochs 1",
-        "--stage 2 --make-tiny",
+        "--data x.json --images x",
         "--stage 2 --steps 0",
         "--stage 2 --lr 0",
         "--stage 2 --batch-size -1",
         "--stage 2 --kl-weight nan",
-        "--method sft",
-        "--lr 1e-3",
     ],
 )
 def test_unknown_flag_values_are_refused(argv, capsys):
@@ -496,10 +468,38 @@ def test_global_batches_do_not_depend_on_ranks():
     assert again == flat
 
 
-def test_the_four_students_are_no_work_for_torchrun(monkeypatch):
+def test_the_four_students_are_no_work_for_torchrun(monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(SystemExit, match="start it with python"):
-        train.main([])
+    with pytest.raises(SystemExit, match="no work for torchrun"):
+        tiny(["--out", str(tmp_path)])
+
+
+def test_the_command_of_the_stage_before_is_whole(monkeypatch, tmp_path):
+    """With all flags that a stage has in common with the one before it, under torchrun, too; and what is there
+    already is named.
+    """
+    (tmp_path / "kd/stage1").mkdir(parents=True)
+    argv = ["--stage", "2", "--name", "l1", "--out", str(tmp_path), "--vat-loss", "mse", "--steps=30", "--no-taf"]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput) as error:
+        recipes.configure("2", recipes.parse_args("", argv), ranks=2)
+    command = f"torchrun --nproc-per-node 2 train.py --stage 1 {' '.join(argv[2:])}"
+    assert str(error.value) == (
+        f"{tmp_path}/l1/stage1 is missing; make it with `{command}`, "
+        f"or start from another: --student {tmp_path}/kd/stage1"
+    )
+
+
+def test_stages_1_2_and_3_follow_one_another(world, tmp_path, capsys):
+    """`python train.py` without --stage, on the tiny world that lies under --out; done, it is done."""
+    shutil.copytree(world, tmp_path / "world")
+    argv = ["--out", str(tmp_path), "--steps", "2", "--batch-size", "4", "--name", "mine"]
+    train.main(argv)
+    assert [f"stage {n} done: {tmp_path}/mine/stage{n}" in capsys.readouterr().out or n for n in "1"] == [True]
+    assert model.load(tmp_path / "mine/stage3").config.taf_width == 64
+    train.main(argv)
+    assert capsys.readouterr().out.count("finished already") == 3
 
 
 @pytest.mark.slow
@@ -507,24 +507,24 @@ def test_main_job(tmp_path):
     """In small: the distance falls, aligned students look like the teacher, table and picture are there."""
     out = tmp_path / "out"
     make_world(out / "world", tune=2000, pretrain=200, per_kind=40)
-    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
+    code, text = run("-m", "tiny", "--steps", 120, "--out", out)
     assert code == 0, text
     scores = json.loads((out / "results.json").read_text())
     assert list(scores) == ["teacher", *STUDENTS]
     assert scores["teacher"]["recognition"] >= 90 and scores["teacher"]["compositional"] >= 85
-    for name in ("CompoDistill", "CompoDistill-rows"):
+    for name in ("compodistill", "compodistill-rows"):
         distance = [row["adl"] for row in read_log(out / name / "stage2.jsonl")]
         assert distance[-1] < 0.75 * distance[0], (name, distance)
-        assert scores[name]["similarity"] > scores["KD"]["similarity"] + 0.1
-        assert scores[name]["similarity"] > scores["SFT"]["similarity"] + 0.1
+        assert scores[name]["similarity"] > scores["kd"]["similarity"] + 0.1
+        assert scores[name]["similarity"] > scores["sft"]["similarity"] + 0.1
     for name in STUDENTS:
         first, *_, last = read_log(out / name / "stage2.jsonl")
         assert last["lm"] < 0.7 * first["lm"] and last["step"] == 120
     table = (out / "results.md").read_text()
     assert table in text and all(f"| {name} |" in table for name in scores)
-    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out)
+    code, text = run("-m", "tiny", "--steps", 120, "--out", out)
     assert code == 0 and "finished already" in text and table in text
-    code, text = run(ROOT / "train.py", "--steps", 120, "--out", out, "--seed", 1)
+    code, text = run("-m", "tiny", "--steps", 120, "--out", out, "--seed", 1)
     assert code == 1 and "has students of --seed 0 --steps 120; choose another --out" in text
     with Image.open(out / "attention.png") as picture:
         assert picture.width > 6 * 240 and len(set(picture.convert("L").tobytes())) > 20
@@ -535,7 +535,8 @@ def test_readme_speaks_of_what_there_is():
     text = (ROOT / "README.md").read_text()
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / link).exists(), link
-    programs = ["training/recipes.py", "eval.py", "model.py", "tests/bench.py", *ROOT.glob("evals/*.py")]
+    programs = ["training/recipes.py", "eval.py", "model.py", "tiny/__main__.py"]
+    programs += [*ROOT.glob("evals/*.py"), *ROOT.glob("bench/*.py")]
     source = "".join((ROOT / file).read_text() for file in programs)
     known = set(re.findall(r"\"(--[\w-]+)\"", source))
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - {"--nproc-per-node", "--help"}

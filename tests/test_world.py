@@ -4,13 +4,18 @@ nothing with it.
 
 import json
 import re
+import signal
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tiny.world import COMPOSITION, make_tokenizer, make_world
+import tiny.make
+import train
+from support.world import COMPOSITION, TINY, make_tokenizer, make_world
+from tiny.__main__ import main
 
 RGB = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
 SHAPE = r"(circle|square|triangle)"
@@ -149,21 +154,49 @@ def test_every_word_of_the_world_is_one_token():
     )
 
 
-def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch):
-    """`train.py --make-tiny`, two steps a part: the files, shapes and tokenizer of those that ship."""
-    import tiny.make
-    import train
-
+def small(monkeypatch):
+    """Two steps for each part of the models that ship."""
     monkeypatch.setattr(tiny.make.pretrain_vision, "__defaults__", (2,))
     monkeypatch.setattr(tiny.make.pretrain_text, "__defaults__", (2,))
+
+
+def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch, capsys):
+    """`python -m tiny make`: the files, shapes and tokenizer of those that ship. Done, it is done."""
+    small(monkeypatch)
     make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
-    train.main(["--make-tiny", "--out", str(tmp_path), "--steps", "2"])
+    argv = ["make", "--out", str(tmp_path), "--steps", "2"]
+    main(argv)
     for name in ("vision", "teacher-lm", "student", "teacher"):
-        made, ships = (load_file(root / name / "model.safetensors") for root in (tmp_path, train.TINY))
+        made, ships = (load_file(root / name / "model.safetensors") for root in (tmp_path, TINY))
         assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in ships.items()}
         for file in ("config.json", "tokenizer.json"):
             if name != "vision" or file == "config.json":
-                made, ships = (
-                    json.loads((folder / name / file).read_text()) for folder in (tmp_path, train.TINY)
-                )
+                made, ships = (json.loads((folder / name / file).read_text()) for folder in (tmp_path, TINY))
                 assert made == ships, (name, file)
+    before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/model.safetensors")}
+    main(argv)
+    assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/model.safetensors")} == before
+    with pytest.raises(SystemExit, match="error: .*has models of .*choose another --out"):
+        main([*argv, "--seed", "1"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypatch, number):
+    """Asked to stop in the middle of a language model, and again in a stage of the teacher: one sentence each
+    time, what is whole stays, and the same command ends with the models of the command that nobody stopped.
+    """
+    small(monkeypatch)
+    for out in ("whole", "parts"):
+        make_world(tmp_path / out / "world", tune=64, pretrain=64, per_kind=2)
+    argv = ["make", "--steps", "4", "--out"]
+    main([*argv, str(tmp_path / "whole")])
+    for module, name in ((tiny.make, "pretrain_text"), (train, "learning_rate")):
+        plain = getattr(module, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, lambda *these, plain=plain: signal.raise_signal(number) or plain(*these))
+            with pytest.raises(SystemExit, match="stopped.*the same command goes on"):
+                main([*argv, str(tmp_path / "parts")])
+    main([*argv, str(tmp_path / "parts")])
+    for name in ("vision", "teacher-lm", "student", "teacher"):
+        one, other = (load_file(tmp_path / out / name / "model.safetensors") for out in ("whole", "parts"))
+        assert all(torch.equal(one[key], other[key]) for key in one), name

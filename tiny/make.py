@@ -1,31 +1,37 @@
-"""Makes the models that ship in tiny/, from nothing: `python train.py --make-tiny --out FOLDER`.
+"""Makes the models that ship in tiny/, from nothing: `python -m tiny make --out FOLDER`.
 
     tokenizer            byte-level BPE of the tiny world's words
     vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
     teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
     teacher              stages 0a and 0b of train.py on vision and teacher-lm
-    compodistill         a student: what `python train.py` then leaves in out/CompoDistill/stage3
+    compodistill         a student: what `python -m tiny` then leaves in out/compodistill/stage3
 
-The README has its time and the teacher's scores.
+A part that is there already is not made again, so that a command that was stopped goes on. The README has the
+time that it takes, and the teacher's scores.
 """
 
 import argparse
+import json
 import random
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 from tqdm import tqdm
 
 import data
-from checkpoint import BadInput, write_folder
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
-from tiny import world
-from train import learning_rate, train_stage
-from training import resume
+from support import world
+from support.checkpoint import check_writable, read_json, write_atomically, write_folder
+from support.errors import BadInput
+from train import learning_rate, train
+from training import recipes
+from training.signals import Stopped
 
 VISION = SiglipConfig(
     hidden_size=64,
@@ -42,36 +48,61 @@ SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so t
 
 
 def make_tiny(args: argparse.Namespace) -> None:
-    """Write vision, teacher-lm, student and teacher into args.out."""
-    resume.check_writable(args.out)
-    for name in ("vision", *SIZES, "teacher"):
-        if (args.out / name).exists():
-            raise BadInput(f"{args.out / name} exists already; choose another --out")
-    torch.manual_seed(args.seed)
+    """Write vision, teacher-lm, student and teacher into args.out, those that are not there yet."""
+    check_writable(args.out)
+    file, made = args.out / "make.json", {"seed": args.seed, "steps": args.steps}
+    if file.exists() and read_json(file) != made:
+        raise BadInput(f"{args.out} has models of {read_json(file)}, not of {made}; choose another --out")
+    if not file.exists() and (args.out / "vision").exists():
+        raise BadInput(f"{args.out / 'vision'} is there, and {file} is not; choose another --out")
+    write_atomically(file, json.dumps(made))
     tokenizer = world.make_tokenizer()
-    files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    if not (args.out / "vision").exists():
+        torch.manual_seed(args.seed)
+        make_vision(args.out / "vision", args.seed)
+    for name in SIZES:
+        if not (args.out / name).exists():
+            torch.manual_seed(args.seed)
+            make_lm(args.out / name, tokenizer, args.seed)
+    if not (args.out / "teacher").exists():
+        try:
+            make_teacher(args.out, made)
+        except Stopped as stopped:
+            raise BadInput(str(stopped)) from None
+    print(f"{args.out}: vision, {', '.join(SIZES)}, teacher")
 
+
+def make_vision(folder: Path, seed: int) -> None:
     vision = Siglip(VISION)
-    pretrain_vision(vision, args.seed)
+    pretrain_vision(vision, seed)
     tensors = {f"vision_model.{name}": tensor for name, tensor in vision.state_dict().items()}
-    write_folder(args.out / "vision", tensors, {"model_type": "siglip_vision_model", **asdict(VISION)})
-    for name, size in SIZES.items():
-        config = QwenConfig(
-            vocab_size=tokenizer.get_vocab_size(),
-            num_key_value_heads=size["num_attention_heads"],
-            rope_theta=1e6,
-            tie_word_embeddings=True,
-            max_position_embeddings=1024,
-            **size,
-        )
-        lm = Qwen(config)
-        pretrain_text(lm, tokenizer, args.seed, name)
-        write_folder(args.out / name, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
+    write_folder(folder, tensors, {"model_type": "siglip_vision_model", **asdict(VISION)})
 
-    args.student, args.vision, args.name = args.out / "teacher-lm", args.out / "vision", "stages"
-    train_stage("0a", args)
-    args.student = args.vision = None
-    shutil.move(train_stage("0b", args), args.out / "teacher")
+
+def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
+    size = SIZES[folder.name]
+    config = QwenConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        num_key_value_heads=size["num_attention_heads"],
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+        max_position_embeddings=1024,
+        **size,
+    )
+    lm = Qwen(config)
+    pretrain_text(lm, tokenizer, seed, folder.name)
+    files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
+    write_folder(folder, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
+
+
+def make_teacher(out: Path, made: dict) -> None:
+    flags = ["--stage", "0", "--out", out, "--name", "stages", "--seed", made["seed"]]
+    flags += ["--student", out / "teacher-lm", "--vision", out / "vision"]
+    flags += ["--steps", made["steps"]] if made["steps"] else []
+    args = recipes.parse_args("", [str(flag) for flag in flags])
+    train(recipes.configure("0a", args, ranks=1))
+    args.student = args.vision = None  # part b goes on from part a
+    shutil.move(train(recipes.configure("0b", args, ranks=1)), out / "teacher")
 
 
 def init_weights(module: nn.Module) -> None:
@@ -84,9 +115,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
-    """From the features the models read (hidden state -2): which of 12 objects or none, which column, which
-    row.
-    """
+    """From the features the models read (hidden state -2): which of 12 objects or none, which column and row."""
     init_weights(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
     none, side = len(kinds), world.GRID
@@ -101,7 +130,7 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
             for kind, (column, line) in scene.items():
                 row[line * side + column] = kinds.index(kind)
         pixels = torch.stack([data.preprocess(world.draw(scene), VISION.image_size) for scene in scenes])
-        content, column, line = head(vision(pixels)).split([none + 1, side, side], -1)  # (64,P,...)
+        content, column, line = head(vision(pixels).features).split([none + 1, side, side], -1)  # (64,P,...)
         where = [
             F.cross_entropy(logits.transpose(1, 2), (index % side).expand(len(scenes), -1))
             for logits, index in ((column, patches), (line, patches // side))
@@ -118,9 +147,7 @@ def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
 
 
 def pretrain_text(lm: Qwen, tokenizer, seed: int, name: str, steps: int = 500) -> None:
-    """Next-token prediction on conversations without their pictures: the language of the world, none of its
-    facts.
-    """
+    """Next-token prediction on conversations without pictures: the world's language, none of its facts."""
     init_weights(lm)
     optimizer = torch.optim.AdamW(lm.parameters(), weight_decay=0.0)
     rng = random.Random(seed + 1)

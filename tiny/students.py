@@ -1,4 +1,4 @@
-"""`python train.py`: four students of the tiny world, trained beside one another, a table and a picture."""
+"""The main job, `python -m tiny`: four students of the tiny world, trained beside one another and scored."""
 
 import argparse
 import json
@@ -11,30 +11,29 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import eval as evaluation
 import model
 import train
-from checkpoint import BadInput, sentence
 from evals.pictures import attention_picture
-from tiny.world import make_world, tiny_cases
-from training import recipes, resume
+from support.checkpoint import check_writable
+from support.errors import BadInput, sentence
+from support.world import make_world, tiny_cases
+from tiny.scores import attention_similarity, table, tiny_scores
+from training import recipes
+from training.signals import Stopped
 
-# Four students: the same stages, steps, batches and data order; only these flags differ.
-STUDENTS = {
-    "SFT": "--method sft",
-    "KD": "--method kd",
-    "CompoDistill": "--method compodistill",
-    "CompoDistill-rows": "--method compodistill --vat-queries text --vat-rows --vat-weight 3",
-}
+# Same stages, steps, batches and data order, and the same text-only language model; only --method differs.
+STUDENTS = ("sft", "kd", "compodistill", "compodistill-rows")
 
 
 def train_students(args: argparse.Namespace) -> None:
-    """Train and score the four students, as many at a time as there are cores; then a table and a picture."""
+    """Train and score the students, as many at a time as there are cores; then a table and a picture."""
     recipe = recipes.RECIPES["tiny"]
     share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
     steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
+    if "RANK" in os.environ:
+        raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
     if (args.out / "results.json").exists():
-        before = json.loads((args.out / "SFT/stage2.run/run.json").read_text())
+        before = json.loads((args.out / "sft/stage2.run/run.json").read_text())
         if (before["seed"], before["steps"]) != (args.seed, steps["2"]):
             raise BadInput(
                 f"{args.out} has students of --seed {before['seed']} --steps {before['steps']}; "
@@ -42,23 +41,38 @@ def train_students(args: argparse.Namespace) -> None:
             )
         print(f"finished already, {args.out}\n\n{(args.out / 'results.md').read_text()}")
         return
-    resume.check_writable(args.out)
+    check_writable(args.out)
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
+    run_students(args, steps)
+    teacher = model.load(args.teacher)
+    rows = {"teacher": tiny_scores(teacher, args.out / "world")}
+    for name in STUDENTS:
+        rows[name] = json.loads((args.out / name / "scores.json").read_text())
+    text = table(rows)
+    (args.out / "results.md").write_text(text + "\n")
+    (args.out / "results.json").write_text(json.dumps(rows, indent=1))
+    models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
+    attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
+    minutes = (time.time() - started) / 60
+    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
+
+
+def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
+    """A process for each student, as many at a time as there are cores, until all have their scores."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
     spawn = torch.multiprocessing.get_context("spawn")
-    common = ["--stage", "1", "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
-    waiting = {}
-    for name, flags in reversed(STUDENTS.items()):  # the slow ones first: they share the cores best
-        print(f"  {name:<18} --stage 1, 2, 3 --out {args.out} --name {name} {flags}")
-        argv = [*common, "--name", name, *flags.split()]
-        waiting[name] = spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True)
-    running, total = [], len(STUDENTS) * sum(steps.values())
+    waiting, running = [], []
+    for name in reversed(STUDENTS):  # the slow ones first: they share the cores best
+        argv = ["--method", name, "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
+        print(f"  python train.py {' '.join(argv)}")
+        waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
+    total = len(STUDENTS) * sum(steps.values())
     with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(waiting.pop(next(iter(waiting))))
+                running.append(waiting.pop(0))
                 running[-1].start()
             time.sleep(0.5)
             bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
@@ -68,40 +82,28 @@ def train_students(args: argparse.Namespace) -> None:
                 raise BadInput("a student stopped, as the sentence above says; the same command goes on")
             running = [process for process in running if process.exitcode is None]
 
-    teacher = model.load(args.teacher)
-    rows = {"teacher": evaluation.tiny_scores(teacher, args.out / "world")}
-    for name in STUDENTS:
-        rows[name] = json.loads((args.out / name / "scores.json").read_text())
-    text = evaluation.table(rows)
-    (args.out / "results.md").write_text(text + "\n")
-    (args.out / "results.json").write_text(json.dumps(rows, indent=1))
-    models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
-    minutes = (time.time() - started) / 60
-    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
-
 
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
     """One student: stages 1, 2 and 3, then its scores."""
     torch.set_num_threads(threads)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    args = train.parse_args(argv)
+    args = recipes.parse_args("", argv)
     args.quiet = True
     try:
         for stage, args.steps in steps.items():
-            folder = train.train_stage(stage, args)
+            folder = train.train(recipes.configure(stage, args, ranks=1))
         student, teacher = model.load(folder), model.load(args.teacher)
-        scores = evaluation.tiny_scores(student, args.out / "world")
-        scores["similarity"] = evaluation.attention_similarity(student, teacher, args.out / "world")
+        scores = tiny_scores(student, args.out / "world")
+        scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
-    except (KeyboardInterrupt, train.Stopped):
+    except (KeyboardInterrupt, Stopped):
         sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"{args.name}: {sentence(error)}")
 
 
 def end_with(parent: int) -> None:
-    """End this process soon after its parent was killed, so that the next `python train.py` can go on."""
+    """End this process soon after its parent was killed, so that the next `python -m tiny` can go on."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
@@ -109,6 +111,6 @@ def end_with(parent: int) -> None:
 
 def last_step(folder: Path) -> int:
     """How many steps a student has done, from the whole lines of its logs."""
-    logs = [log.read_text() for log in folder.glob("stage*.jsonl")]
+    logs = [log.read_text() for log in folder.glob("stage?.jsonl")]
     lines = [log[: log.rfind("\n") + 1].splitlines() for log in logs]
     return sum(json.loads(rows[-1])["step"] for rows in lines if rows)

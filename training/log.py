@@ -5,24 +5,35 @@
              stage2.nan-rank0.json   the batch after which a loss or the gradient was not finite
 """
 
-import argparse
 import json
 import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from training.resume import barrier, rank_and_ranks, write_atomically
+from support.checkpoint import write_atomically
+from support.ranks import barrier, rank_and_ranks
+from training.recipes import Config
+
+
+class Seen(NamedTuple):
+    """What was in a step, of all ranks together."""
+
+    samples: int
+    tokens: int  # without padding
+    padded_tokens: int  # with it
+    bad: int  # samples that others stood in for
 
 
 class Log:
     """The log of one run from step `start` on. What an earlier process logged beyond that is cut off."""
 
-    def __init__(self, run: Path, start: int, args: argparse.Namespace):
-        self.rank, self.args, self.start = rank_and_ranks()[0], args, start
+    def __init__(self, run: Path, start: int, steps: int, c: Config):
+        self.rank, self.quiet, self.start, self.steps = rank_and_ranks()[0], c.quiet, start, steps
         self.file, self.bad_file = (run.with_suffix(suffix) for suffix in (".jsonl", ".bad.jsonl"))
         self.nan_file = run.with_suffix(f".nan-rank{self.rank}.json")
         if self.rank == 0:
@@ -30,10 +41,10 @@ class Log:
                 drop_rows_after(file, start)
         barrier()
         self.bar = tqdm(
-            total=args.steps,
+            total=steps,
             initial=start,
-            desc=f"{args.name} {run.stem}",
-            disable=self.rank != 0 or args.quiet,
+            desc=f"{c.name} {run.stem}",
+            disable=self.rank != 0 or c.quiet,
             dynamic_ncols=True,
         )
         self.began = self.since = time.time()
@@ -45,11 +56,11 @@ class Log:
     def __exit__(self, *_) -> None:
         self.bar.close()  # before anything else is printed
 
-    def count(self, samples: int, tokens: int, padded_tokens: int) -> None:
-        """One step more, of all ranks: tokens without padding and with it."""
-        self.samples += samples
-        self.tokens += tokens
-        self.padded_tokens += padded_tokens
+    def count(self, seen: Seen) -> None:
+        """One step more."""
+        self.samples += seen.samples
+        self.tokens += seen.tokens
+        self.padded_tokens += seen.padded_tokens
         self.bar.update()
 
     def row(self, step: int, losses: dict[str, float], lr: float, norm: float, bad: int) -> None:
@@ -67,17 +78,17 @@ class Log:
             "memory_gb": round(peak_memory() / 1e9, 3),
             "bad": bad,
             "seconds": round(elapsed, 2),
-            "eta": round(elapsed / (step - self.start) * (self.args.steps - step)),
+            "eta": round(elapsed / (step - self.start) * (self.steps - step)),
         }
         self.since, self.samples, self.tokens, self.padded_tokens = now, 0, 0, 0
         if self.rank:
             return
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        if not self.args.quiet:
+        if not self.quiet:
             terms = "  ".join(f"{name} {value:8.4f}" for name, value in losses.items())
             tqdm.write(
-                f"step {step:>6}/{self.args.steps}  {terms}  lr {lr:.2e}  norm {norm:8.3f}  "
+                f"step {step:>6}/{self.steps}  {terms}  lr {lr:.2e}  norm {norm:8.3f}  "
                 f"{row['samples_per_s']:7.1f} samples/s  {row['tokens_per_s']:9.0f} tokens/s  "
                 f"padding {100 * row['padding']:4.1f} %  {row['memory_gb']:6.2f} GB  "
                 f"eta {row['eta'] // 3600}:{row['eta'] // 60 % 60:02}:{row['eta'] % 60:02}"

@@ -1,29 +1,23 @@
-"""Recipes: what each stage is trained with, and the command line that overrides it.
+"""What a stage is trained with: recipes, the command line that overrides them, and the Config of both.
 
-    method   which losses: SFT, vanilla KD, CompoDistill, the released code's form
+    method   which losses: distill.METHODS
     recipe   with which numbers: `tiny` (a laptop, minutes) or `paper` (its table; LoRA, bf16)
 
-A flag on the command line comes first, then the method's or recipe's value. The README has both tables.
+A flag on the command line comes first, then the method's or the recipe's value. The README has both tables.
 """
 
 import argparse
-import copy
-import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from checkpoint import BadInput
-
-TINY = Path(__file__).parent.parent / "tiny"  # the models that ship with the repository
-
-METHODS = {
-    "sft": dict(taf=False, kl_weight=0.0, vat_loss="none"),
-    "kd": dict(taf=False, kl_weight=1.0, vat_loss="none"),
-    "compodistill": dict(taf=True, kl_weight=1.0, vat_loss="cosine"),
-    "released": dict(  # as the released code has it
-        taf=True, kl_weight=1.0, kl_shifted=False, vat_loss="released", layers="released"
-    ),
-}
-DEFAULTS = {"layers": "intermediate", "kl_shifted": True}  # where a method does not say
+from distill import DISTANCES, LM, METHODS, SHARES, Method
+from support.checkpoint import find, fingerprint
+from support.errors import BadInput, at_least
+from support.world import TINY
 
 RECIPES = {  # recipe -> stage -> flags; "all" stages first
     "tiny": {
@@ -46,88 +40,181 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     },
 }
 FULL_LR = 2e-5  # of the paper's recipe where the whole language model is tuned (as LLaVA-KD does)
+BEFORE = {"0b": "0a", "2": "1", "3": "2"}  # the stage that a stage starts from
 
 
-def for_stage(stage: str, args: argparse.Namespace, ranks: int) -> argparse.Namespace:
-    """A copy of args in which the stage's recipe has filled what the command line left open.
+@dataclass(frozen=True)
+class Config:
+    """All that one stage of training depends on. `configure` makes it, once; nothing changes it."""
+
+    stage: str  # 0a, 0b, 1, 2 or 3
+    method: Method
+    plain: bool  # losses from whole matrices (distill.py) instead of from parts of them (lean.py)
+    # where things are: folders or hub names
+    student: str  # what the stage starts from
+    teacher: str | None  # None: nothing is distilled
+    vision: str | None  # the SigLIP of a model that is put together without a teacher
+    data: list[Path] | None  # LLaVA files; None: the tiny world's
+    images: Path | None
+    out: Path
+    name: str
+    # optimisation
+    seed: int
+    steps: int | None  # optimizer steps; None: as many as the epochs take
+    epochs: int | None
+    lr: float
+    batch_size: int  # samples per device and micro-batch
+    accumulation: int  # micro-batches per step
+    global_batch: int  # ranks x batch_size x accumulation
+    tune: str  # full or lora
+    lora_rank: int
+    lora_alpha: float
+    lora_dropout: float
+    # samples
+    max_length: int  # tokens
+    group_by_length: bool
+    skip_bad_samples: bool
+    max_bad_share: float
+    workers: int
+    # machine
+    precision: str  # fp32 or bf16
+    parallel: str  # ddp or fsdp
+    gradient_checkpointing: bool
+    compile: bool
+    # what is said and saved
+    log_every: int
+    save_every: int
+    keep: int
+    quiet: bool
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The terms of this stage's loss. A teacher (stage 0) learns from the answers alone."""
+        return self.method.weights.get(self.stage, LM)
+
+    @property
+    def folder(self) -> Path:
+        """The finished model, out/name/stageN; what an unfinished run needs lies beside it in stageN.run."""
+        return self.out / self.name / f"stage{self.stage}"
+
+
+def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
+    """Flags, then the stage's recipe for what they leave open.
 
     The global batch is ranks x batch_size x accumulation: of it and accumulation one may be open.
     """
-    args, recipe = copy.copy(args), RECIPES[args.recipe]
+    flags, recipe = vars(args), RECIPES[args.recipe]
+    recipe = recipe["all"] | recipe[stage]
     if args.epochs or args.steps:  # one of them given: the recipe's other one does not count
-        recipe = {**recipe, "all": {**recipe["all"], "epochs": None}, stage: {**recipe[stage], "steps": None}}
-    given_lr, shared = args.lr is not None, args.batch_size is None
-    for flag, value in {**recipe["all"], **recipe[stage]}.items():
-        if getattr(args, flag) is None:
-            setattr(args, flag, value)
-    if args.recipe == "paper" and not given_lr and args.tune == "full" and stage in ("0b", "2", "3"):
-        args.lr = FULL_LR
-    args.lora_dropout = args.lora_dropout or 0.0
-    if shared and args.global_batch is None:  # the tiny recipe's batch is that of all ranks together
-        args.batch_size = max(1, args.batch_size // ranks)
-    per_pass = ranks * args.batch_size
-    if args.accumulation is None:
-        args.accumulation = max(1, (args.global_batch or per_pass) // per_pass)
-    product = per_pass * args.accumulation
-    if args.global_batch not in (None, product):
+        recipe |= {"epochs": None, "steps": None}
+    if args.recipe == "paper" and args.tune == "full" and stage in ("0b", "2", "3"):
+        recipe["lr"] = FULL_LR
+    values = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
+    if args.batch_size is None and values["global_batch"] is None:  # the tiny recipe's is of all ranks together
+        values["batch_size"] = max(1, values["batch_size"] // ranks)
+    per_pass = ranks * values["batch_size"]
+    if values["accumulation"] is None:
+        values["accumulation"] = max(1, (values["global_batch"] or per_pass) // per_pass)
+    product = per_pass * values["accumulation"]
+    if values["global_batch"] not in (None, product):
         raise BadInput(
-            f"stage {stage}: {ranks} ranks x --batch-size {args.batch_size} x --accumulation "
-            f"{args.accumulation} = {product}, not the global batch of {args.global_batch}; "
+            f"stage {stage}: {ranks} ranks x --batch-size {values['batch_size']} x --accumulation "
+            f"{values['accumulation']} = {product}, not the global batch of {values['global_batch']}; "
             f"if {product} is meant, give --global-batch {product}"
         )
-    args.global_batch = product
-    return args
+    taught = has_teacher(stage, args.method)
+    if args.vision and (taught or stage not in ("0a", "1")):
+        raise BadInput("--vision is only for stages 0a and 1 without a teacher")
+    values |= {
+        "stage": stage,
+        "student": args.student or previous_output(stage, args),
+        "teacher": args.teacher or str(TINY / "teacher") if taught else None,
+        "vision": args.vision or str(TINY / "vision") if stage in ("0a", "1") and not taught else None,
+        "global_batch": product,
+        "lora_dropout": values["lora_dropout"] or 0.0,
+        "gradient_checkpointing": bool(values["gradient_checkpointing"]),
+    }
+    return Config(**{field.name: values[field.name] for field in fields(Config)})
+
+
+def has_teacher(stage: str, method: Method) -> bool:
+    """Whether the stage distils from one, or fetches its adapter."""
+    return bool(method.weights.get(stage, LM).keys() - LM.keys()) or (stage == "1" and method.taf)
+
+
+def previous_output(stage: str, args: argparse.Namespace) -> str:
+    """The folder that a stage starts from when --student does not say."""
+    if stage not in BEFORE:
+        return str(TINY / ("teacher-lm" if stage == "0a" else "student"))
+    before = BEFORE[stage]
+    folder = args.out / args.name / f"stage{before}"
+    if folder.is_dir():
+        return str(folder)
+    others = " or ".join(f"--student {other}" for other in sorted(args.out.glob(f"*/stage{before}")))
+    others = f", or start from another: {others}" if others else ""
+    raise BadInput(f"{folder} is missing; make it with `{command_of(before, args.argv)}`{others}")
+
+
+def command_of(stage: str, argv: list[str]) -> str:
+    """The command line of this program for another stage: the same flags, where its data are the same."""
+    program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
+    words, flag = [*program.split(), "train.py", "--stage", stage], ""
+    for word in argv:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        if flag not in ("--stage", "--data", "--images", "--student"):
+            words.append(word)
+    if any(word.startswith("--data") for word in argv):
+        words += ["--data", "CAPTIONS.json" if stage in ("0a", "1") else "TUNE.json", "--images", "FOLDER"]
+    return shlex.join(words)
 
 
 # What may change between a run and its resumption: where things lie, how the work is cut, how often it is
-# shown. All other flags are a run's identity; models and data are known by what is in them (train.identity).
+# shown. All else is a run's identity; models and data are known by what is in them.
 NO_IDENTITY = {
-    *("stage", "out", "name", "make_tiny", "quiet", "log_every", "save_every", "keep", "stop_after"),
-    *("student", "teacher", "vision", "data", "images", "recipe", "epochs", "batch_size", "accumulation"),
+    *("stage", "method", "plain", "out", "name", "log_every", "save_every", "keep", "quiet"),
+    *("student", "teacher", "vision", "data", "images", "epochs", "batch_size", "accumulation"),
     *("workers", "parallel", "gradient_checkpointing", "compile", "skip_bad_samples", "max_bad_share"),
 }
 
 
-def has_teacher(stage: str, args: argparse.Namespace) -> bool:
-    """Whether the stage loads one: to distil from, to fetch its adapter, or to see with its eyes."""
-    return stage in ("1", "2") and (args.taf or args.kl_weight > 0 or args.vat_loss != "none")
+def identity(c: Config, steps: int, files: list[Path], samples: int) -> dict:
+    """What makes a run this run: all that its weights depend on, whatever the files are called."""
+    flags = {field.name: getattr(c, field.name) for field in fields(c) if field.name not in NO_IDENTITY}
+    folders = {name: getattr(c, name) for name in ("student", "teacher", "vision")}
+    return {
+        "stage": c.stage,
+        **flags,
+        "steps": steps,
+        **(asdict(c.method) | {"weights": dict(c.weights)}),
+        **{name: fingerprint(find(folder)) for name, folder in folders.items() if folder},
+        "data": [[file.name, file.stat().st_size] for file in files],
+        "samples": samples,
+    }
 
 
-def number(kind: type, least: float):
-    """An argparse type: a finite number of this kind that is at least `least`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least} is asked for")
-        return value
-
-    return convert
+# ---------------------------------------------------------------- the command line
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of train.py. `method` becomes a distill.Method, `argv` keeps the words."""
     # fmt: off
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--stage STAGE] [flags], which --help lists",
+        usage="%(prog)s [flags]",
     )
-    whole, positive, fraction = number(int, 1), number(float, 1e-12), number(float, 0)
+    whole, positive, fraction = at_least(int, 1), at_least(float, 1e-12), at_least(float, 0)
     switch = {"action": "store_true"}
 
     add = parser.add_argument_group("run").add_argument
-    add("--stage", choices=["0", "0a", "0b", "1", "2", "3"], help="one stage; without it: the tiny world")
+    add("--stage", choices=["0", "0a", "0b", "1", "2", "3"],
+        help="one stage; 0 is 0a and 0b (default: 1, 2 and 3, one after the other, on the tiny world)")
     add("--recipe", choices=list(RECIPES), default="tiny", help="the defaults (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
     add("--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')")
     add("--seed", type=int, default=0, help="of data order, new weights, dropout (default: %(default)s)")
-    add("--make-tiny", **switch, help="make the shipped tiny models again, into --out")
     add("--log-every", type=whole, default=10, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=whole, default=500, help="steps between saves (default: %(default)s)")
     add("--keep", type=whole, default=2, help="how many of them to keep (default: %(default)s)")
-    add("--stop-after", type=whole, help="stop at this step as SIGTERM would: save, to go on later")
 
     add = parser.add_argument_group("models: folders or hub names").add_argument
     add("--teacher", help="multimodal checkpoint (default: tiny/teacher)")
@@ -140,14 +227,15 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "method: one flag per row of the paper's ablation tables (default: the method's own)"
     ).add_argument
     add("--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)")
-    add("--taf", action=argparse.BooleanOptionalAction, help="fetch the teacher's adapter")
-    add("--kl-weight", type=fraction, help="weight of L_KL")
-    add("--vat-loss", choices=["none", "cosine", "mse", "kl", "released"], help="attention loss")
-    add("--vat-weight", type=fraction, default=1.0, help="weight of L_ADL (default: %(default)s)")
-    add("--vat-queries", choices=["all", "image", "text"], default="all", help="(default: %(default)s)")
-    add("--vat-rows", **switch, help="cosine of each query row instead of the whole matrix")
-    add("--layers", choices=["intermediate", "early", "later", "all", "released"], help="aligned layers")
-    add("--matching", choices=["group", "simple", "adaptive"], default="group", help="(default: %(default)s)")
+    add("--taf", action=argparse.BooleanOptionalAction, help="TAF: fetch the teacher's adapter")
+    add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
+    add("--vat-loss", choices=["none", *DISTANCES], help="VAT: the distance of attention maps, in stage 2")
+    add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
+    add("--vat-queries", choices=["all", "image", "text"], help="rows of the maps that are compared")
+    add("--layers", choices=[*SHARES, "released"], help="aligned layers")
+    add("--matching", choices=["group", "simple", "adaptive"], help="of student and teacher layers")
+    add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
+        "with lean.py's parts of them: the same losses, slower, more memory")
 
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+",
@@ -158,12 +246,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--skip-bad-samples", **switch, help="count, log and replace samples that cannot be read")
     add("--max-bad-share", type=fraction, default=0.01,
         help="of samples so far, or of 1000, above which it stops all the same (default: %(default)s)")
-    add("--workers", type=number(int, 0), help="processes that prepare batches (default: the recipe's)")
+    add("--workers", type=at_least(int, 0), help="processes that prepare batches (default: the recipe's)")
 
     add = parser.add_argument_group("optimisation (default: the recipe's)").add_argument
     add("--epochs", type=whole, help="passes over the data")
-    add("--steps", type=whole, help="optimizer steps instead of epochs; without --stage: of stage 2, the "
-        "other stages in proportion")
+    add("--steps", type=whole, help="optimizer steps of a stage, instead of epochs")
     add("--lr", type=positive, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (recipe "
         "paper with --tune full: 2e-5)")
     add("--batch-size", type=whole, help="samples per device and micro-batch")
@@ -184,38 +271,52 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--compile", **switch, help="torch.compile the layers: a minute or two once, then less memory and "
         "perhaps less time; needs a C++ compiler")
     # fmt: on
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
-    needless = given - {"out", "seed", "steps", "teacher", "make_tiny"}
-    if args.stage is None and needless:
-        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in sorted(needless))
-        parser.error(f"{flags}: only with --stage; the four students have their own")
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
     if args.recipe == "paper" and args.data is None:
         parser.error("--recipe paper is for data of your own: --data and --images")
-    if args.data and args.stage == "0":
-        parser.error("--stage 0 is for the tiny world; with --data run --stage 0a and 0b, each on its own")
+    if args.data and args.stage in (None, "0"):
+        parser.error("--data is another for every stage: run --stage 0a, 0b, 1, 2, 3 each on its own")
     if args.steps and args.epochs:
         parser.error("--steps and --epochs exclude each other")
-    if args.make_tiny and args.stage:
-        parser.error("--make-tiny and --stage exclude each other")
     if args.lora_dropout and args.lora_dropout >= 1:
         parser.error("--lora-dropout is a share below 1")
-    for flag, value in {**DEFAULTS, **METHODS[args.method]}.items():
-        if getattr(args, flag, None) is None:
-            setattr(args, flag, value)
-    if args.vat_rows and args.vat_loss != "cosine":
-        parser.error(f"--vat-rows is about the cosine, not about --vat-loss {args.vat_loss}")
-    if args.vat_queries != "all" and args.vat_loss == "released":
-        parser.error("--vat-loss released has queries of its own, the visual tokens")
+    args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
+    name, args.method = args.method, method_of(args, parser)
     if args.recipe == "paper":  # else a tiny model would quietly take the place of a real one
-        asked = {"student": args.stage in ("0a", "1"), "teacher": has_teacher(args.stage, args)}
-        asked["vision"] = asked["student"] and not asked["teacher"]
+        taught = has_teacher(args.stage, args.method)
+        asked = {"student": args.stage in ("0a", "1"), "teacher": taught}
+        asked["vision"] = asked["student"] and not taught
         for flag, needed in asked.items():
             if needed and flag not in given:
-                parser.error(f"--recipe paper --stage {args.stage} --method {args.method}: give --{flag}")
-    args.teacher = args.teacher or str(TINY / "teacher")
-    args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
-    args.quiet = False
+                parser.error(f"--recipe paper --stage {args.stage} --method {name}: give --{flag}")
+    args.argv, args.quiet = argv, False
     return args
+
+
+def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Method:
+    """The named method with what the flags change of it."""
+    method = METHODS[args.method]
+    first, second = dict(method.weights["1"]), dict(method.weights["2"])
+    if args.kl_weight is not None:
+        first["kl"] = second["kl"] = args.kl_weight
+    if args.vat_loss not in (None, "none"):
+        second.setdefault("adl", 1.0)
+    about_attention = ("vat_weight", "vat_queries", "layers", "matching")
+    needless = [flag for flag in about_attention if getattr(args, flag) is not None]
+    if needless and ("adl" not in second or args.vat_loss == "none"):
+        flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in needless)
+        parser.error(f"{flags}: nothing is aligned without an attention loss; give --vat-loss, too")
+    if args.vat_weight is not None:
+        second["adl"] = args.vat_weight
+    if args.vat_loss == "none":
+        second.pop("adl", None)
+    weights = {**method.weights, "1": first, "2": second}
+    weights = {stage: {name: w for name, w in terms.items() if w > 0} for stage, terms in weights.items()}
+    changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
+    changes |= {"layers": args.layers, "matching": args.matching}
+    changes = {name: value for name, value in changes.items() if value not in (None, "none")}
+    return replace(method, weights=weights, **changes)

@@ -15,85 +15,45 @@ take over a run folder from a stranger; finished models are safetensors and safe
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from pathlib import Path
 from typing import IO
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from checkpoint import BadInput, weight_files
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
+from support.checkpoint import lock_file, write_atomically
+from support.errors import BadInput
+from support.ranks import barrier, rank_and_ranks
 
 # ---------------------------------------------------------------- which run is this
 
 
-def fingerprint(folder: Path) -> str:
-    """Tells one checkpoint folder from another: its config, and size, beginning and end of its weights."""
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"{folder} has no config.json; give a checkpoint folder")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            digest.update(f"{file.name} {size}".encode() + handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
-    return digest.hexdigest()[:16]
+def check_space(run: Path, needed: int) -> None:
+    """One sentence where the disk has not `needed` bytes free.
 
-
-def check_writable(folder: Path, needed: int = 0) -> None:
-    """A folder that can be made and written, on a disk with `needed` bytes free; else one sentence. Saves
-    that lie there already count as free: new ones take their place.
+    Saves that lie there already count as free: new ones take their place.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-        free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in folder.glob("step-*/*"))
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
+    free = shutil.disk_usage(run).free + sum(file.stat().st_size for file in run.glob("step-*/*"))
     if free < needed:
         raise BadInput(
-            f"{folder} has {free / 1e9:.2g} GB free, and this run's saves and model need {needed / 1e9:.2g}; "
+            f"{run} has {free / 1e9:.2g} GB free, and this run's saves and model need {needed / 1e9:.2g}; "
             "free space"
         )
 
 
-def lock(run: Path) -> IO:
-    """One process at a time trains a run."""
+def claim(run: Path) -> IO | None:
+    """One process at a time trains a run: rank 0 locks its folder until the file that this returns is closed."""
+    if rank_and_ranks()[0] > 0:
+        return None
     file = open(run / "lock", "w")
-    taken = f"{run} is being trained by another process; choose another --name"
-    hold(file, fcntl.LOCK_EX, taken)
+    lock_file(file, fcntl.LOCK_EX, f"{run} is being trained by another process; choose another --name")
     return file
-
-
-def hold(file: IO, how: int, taken: str) -> None:
-    """Lock a file until it is closed, however the process ends; `taken` is the sentence where another has it.
-    """
-    try:
-        fcntl.lockf(file, how | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise BadInput(taken) from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
@@ -121,15 +81,6 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
         for leftover in [*run.glob(".*.writing"), *(run.glob("step-*") if finished else ())]:
             shutil.rmtree(leftover, ignore_errors=True)
     return finished
-
-
-def write_atomically(file: Path, text: str) -> None:
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
 
 
 # ---------------------------------------------------------------- saves

@@ -1,7 +1,7 @@
 """Items a second: eval.py's way of answering beside one item at a time, on the same checkpoint and items.
 
-    python tests/bench_eval.py                  # the tiny teacher on the tiny world
-    python tests/bench_eval.py --shape cpu      # random weights in the shape of tests/bench.py, SigLIP 384
+    python bench/scoring.py                  # the tiny teacher on the tiny world
+    python bench/scoring.py --shape cpu      # random weights in the shape of bench/step.py, SigLIP 384
 
     generate 32   picture, prompt and up to 32 greedy tokens, one item after another (the released code)
     generate      the same replies in batches, picture and shared prompt once            --scorer generate
@@ -25,15 +25,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests"))
-
-import bench as step_bench  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
+from bench import step as step_bench  # noqa: E402
 from evals import answers, benchmarks, scorers  # noqa: E402
 from evals.readers import YES_NO  # noqa: E402
-from tiny.world import make_world  # noqa: E402
+from support.world import make_world  # noqa: E402
 
 
 def random_model(shape: str) -> model.VLM:
@@ -69,7 +67,7 @@ def plain_choice(vlm: model.VLM, questions: list[answers.Line]) -> list[str]:
         options = scorers.option_tokens(vlm, question.options)
         sample = scorers.prompt(vlm, question.picture, question.line["prompt"])
         ids = torch.tensor([[*sample["input_ids"], *options.lead]])
-        hidden, _ = vlm.hidden(ids, sample["pixel_values"][None])
+        hidden = vlm(ids, sample["pixel_values"][None], logits=False).hidden
         logits = vlm.lm.head(hidden[0, -1])
         replies.append(max(zip(options.tokens, options.names), key=lambda some: logits[some[0]].max())[1])
     return replies

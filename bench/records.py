@@ -1,7 +1,7 @@
 """What the data of a real run costs: seconds until the first batch, memory of a rank and of each worker.
 
-    python tests/records.py                    # 665,298 records, about a gigabyte in a temporary folder
-    python tests/records.py --records 20000
+    python bench/records.py                    # 665,298 records, about a gigabyte in a temporary folder
+    python bench/records.py --records 20000
 
 With the tokenizer of Qwen1.5 where the environment variable SHARED names its folder, else the tiny teacher's.
 USS is what would be free if the process ended: Private_Clean + Private_Dirty of /proc/PID/smaps_rollup.

@@ -1,16 +1,12 @@
-"""How a multimodal model lies in a folder: config.json, names of tensors, and the small files beside them.
+"""How a model is written: in our own layout, the released one (CompoDistill's, TinyLLaVA's), or HF LLaVA's.
 
-    native     our own
-    released   CompoDistill's and TinyLLaVA's
-    hf         Hugging Face LLaVA's: read in its forms of 2024 and of transformers 5, written in that of 2024
-
-Inside: VLMConfig and read_config; rename_foreign, the names that we read; written, all that we write; and
-template_of, how a checkpoint wants to be asked.
+Hugging Face LLaVA's is written with the names of 2024, which transformers of then, 4.52 and 5 all read. Beside
+config.json and the tensors lie small files, with which transformers prepares pictures as data.preprocess does,
+and texts as data.encode_prompt does.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 from PIL import Image
@@ -18,140 +14,10 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import data
-from checkpoint import BadInput, read_json, tensor_names
-from data import IMAGE_TOKEN
-from qwen import QwenConfig
-from siglip import SiglipConfig
-from siglip import rename as rename_siglip
+from support.errors import BadInput
+from support.layouts import MODEL_TYPE, VLMConfig
 
-
-@dataclass(frozen=True)
-class VLMConfig:
-    vision: SiglipConfig
-    text: QwenConfig
-    vision_layer: int = -2  # which hidden state of the vision encoder is z
-    drop_first_patch: bool = (
-        False  # True in released checkpoints: meant for a CLS token, which SigLIP does not have
-    )
-    image_token_index: int = IMAGE_TOKEN  # accepted in input_ids beside IMAGE_TOKEN
-    taf_width: int | None = None  # width of the fetched teacher adapter; None = an adapter of one's own
-    taf_gelu: bool = False
-
-
-# How a question is put to a model. "chat": data.encode's USER / ASSISTANT, in which we train. "chatml", that
-# of llava-interleave-qwen, each turn followed by a line break:
-#     <|im_start|>user\n<image>\n{question}<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n
-TEMPLATES = "chat", "chatml"
-CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
-
-
-def template_of(folder: Path, tokenizer: Tokenizer) -> str:
-    """chatml for a checkpoint in Hugging Face LLaVA's layout whose tokenizer has its tokens, unless its
-    tokenizer_config.json ends a text with <|endoftext|>, as Qwen1.5's base models and our exports do. Our own
-    layout and the released one are chat: so were they trained.
-    """
-    if read_json(folder / "config.json").get("model_type") != "llava":
-        return "chat"
-    if None in (tokenizer.token_to_id(CHATML_START), tokenizer.token_to_id(CHATML_END)):
-        return "chat"
-    file = folder / "tokenizer_config.json"
-    end = read_json(file).get("eos_token") if file.exists() else None
-    end = end.get("content") if isinstance(end, dict) else end  # older files describe the token
-    return "chat" if end == data.END_OF_TEXT else "chatml"
-
-
-MODEL_TYPE = "nanocompodistill"
-
-# Reading. How a tensor's name begins in a file -> how it begins in Adapter.
-ADAPTER_LAYOUTS = {
-    "connector._connector.0.": "linear_1.",
-    "connector._connector.2.": "linear_2.",
-    "multi_modal_projector.": "",
-}
-VISION_PREFIXES = ("vision_tower._vision_tower.", "vision_tower.")  # released, HF; then as in a plain SigLIP
-
-
-def read_config(folder: Path) -> VLMConfig:
-    """config.json in our own, the released or Hugging Face LLaVA's form -> VLMConfig."""
-    file = folder / "config.json"
-    config = read_json(file)
-    kind = config.get("model_type")
-    if (
-        kind not in (MODEL_TYPE, "compodistill", "llava")
-        or not {"text_config", "vision_config"} <= config.keys()
-    ):
-        raise BadInput(
-            f"{file}: model_type {kind!r} is no multimodal checkpoint (nanocompodistill, compodistill or "
-            "llava, with text_config and vision_config); plain: qwen.Qwen.load, siglip.Siglip.load"
-        )
-    base = VLMConfig(vision=SiglipConfig.from_hf(config, file), text=QwenConfig.from_hf(config, file))
-    if config.get("tie_word_embeddings") and not any(
-        n.endswith("lm_head.weight") for n in tensor_names(folder)
-    ):
-        # transformers 5 says it on top only
-        base = replace(base, text=replace(base.text, tie_word_embeddings=True))
-    select, layer = (
-        config.get("vision_feature_select_strategy", "default"),
-        config.get("vision_feature_layer", -2),
-    )
-    depth = base.vision.num_hidden_layers
-    if not isinstance(select, str) or select not in SELECT or layer not in range(-depth - 1, depth + 1):
-        raise BadInput(
-            f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported"
-        )
-    if (
-        config.get("multimodal_projector_bias") is False
-        or config.get("connector_type", "mlp2x_gelu") != "mlp2x_gelu"
-    ):
-        raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")
-    if config.get("projector_hidden_act", "gelu") != "gelu":
-        raise BadInput(
-            f"{file}: projector_hidden_act {config['projector_hidden_act']!r} is not supported, only gelu"
-        )
-    taf = config.get("post_connector_use", False)
-    if taf and not isinstance(config.get("connector_hidden_size"), int):
-        raise BadInput(
-            f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter"
-        )
-    return replace(
-        base,
-        vision_layer=layer,
-        drop_first_patch=SELECT[select],
-        image_token_index=config.get("image_token_index", IMAGE_TOKEN),
-        taf_width=config["connector_hidden_size"] if taf else None,
-        taf_gelu=config.get("post_connector_gelu", False),
-    )
-
-
-# Does the word drop the first patch? "patch" and "cls_patch" are the released code's, the others HF LLaVA's.
-SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
-
-
-def rename_foreign(c: VLMConfig):
-    """-> rename(name in a released or HF LLaVA file) -> name in VLM, or None for what is dropped on purpose:
-    SigLIP's pooling head and text tower, and a tied language model's copy of the embedding.
-    """
-    adapter = "adapter.teacher." if c.taf_width else "adapter."
-
-    def rename(name: str) -> str | None:
-        if name.startswith("language_model."):
-            tied_copy = c.text.tie_word_embeddings and name.startswith("language_model.lm_head.")
-            return None if tied_copy else "lm." + name.removeprefix("language_model.")
-        if name.startswith("connector.post_connector."):
-            return "adapter.student." + name.removeprefix("connector.post_connector.")
-        for theirs, ours in ADAPTER_LAYOUTS.items():
-            if name.startswith(theirs):
-                return adapter + ours + name.removeprefix(theirs)
-        for prefix in VISION_PREFIXES:
-            if name.startswith(prefix):
-                inner = rename_siglip(name.removeprefix(prefix))
-                return inner and "vision." + inner
-        return name  # unknown: the strict load names it
-
-    return rename
-
-
-# Writing. How a tensor's name begins in VLM -> how it begins in a file; with TAF, P_t is adapter.teacher.
+# How a tensor's name begins in VLM -> how it begins in a file; with TAF, P_t is adapter.teacher.
 NAMES = {
     "native": {"": ""},
     "released": {
@@ -178,7 +44,7 @@ def written(
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
-    """A VLM's state dict -> tensors, config and small files, as checkpoint.write_folder takes them."""
+    """What write_folder writes: a VLM's state dict -> tensors, config.json and {name: text} of small files."""
     if layout not in NAMES:
         raise BadInput(f"layout {layout!r} is not known; choose {', '.join(NAMES)}")
     if layout == "released" and c.taf_gelu:
@@ -251,8 +117,9 @@ CONFIGS = {"native": _native_config, "released": _released_config, "hf": _hf_con
 
 
 def _with_image_word(c: VLMConfig, tokenizer: Tokenizer, tensors: dict[str, Tensor]):
-    """-> config, tokenizer, tensors with `<image>` as a word of the vocabulary: transformers embeds every id
-    before it writes the visual tokens, and cannot look up our IMAGE_TOKEN, -200.
+    """Config, tokenizer and tensors with `<image>` as a word of the vocabulary.
+
+    transformers embeds every id before it writes the visual tokens, and cannot look up our IMAGE_TOKEN, -200.
 
     Where the matrices (V,C) have no row for the word, they get their mean row: its logit is the mean of the
     others, never the greatest. A row of zeros would win wherever all others are negative.
@@ -279,9 +146,7 @@ CHAT_TEMPLATE = (
 
 
 def _companions(layout: str, c: VLMConfig, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """The small files beside config.json: {name: text}. In the layouts of others they let transformers
-    prepare pictures as data.preprocess does, and texts as data.encode_prompt does.
-    """
+    """The small files beside config.json: {name: text}."""
     files = {} if tokenizer is None else {"tokenizer.json": tokenizer.to_str(pretty=True)}
     if layout == "native":
         return files

@@ -1,10 +1,10 @@
 """What a distillation step costs, in seconds and gigabytes, beside the straightforward way with transformers.
 
-    python tests/bench.py step       # transformers, ours, ours with text rows, ours without VAT, matmul floor
-    python tests/bench.py vat        # the three of ours alone, for more rounds
-    python tests/bench.py floor      # FLOPs and bytes of a step, counted from the shape; runs nothing
-    python tests/bench.py scaling    # over visual tokens, batch and matched layers: what VAT adds
-    python tests/bench.py data       # samples per second that decoding and resizing deliver
+    python bench/step.py step       # transformers, ours in its variants, matmul floor
+    python bench/step.py vat        # the three of ours alone, for more rounds
+    python bench/step.py floor      # FLOPs and bytes of a step, counted from the shape; runs nothing
+    python bench/step.py scaling    # over visual tokens, batch and matched layers: what VAT adds
+    python bench/step.py data       # samples per second that decoding and resizing deliver
 
 Random weights, the same in every variant; so is the batch. Each variant is a process of its own and its first
 step is a warm-up (AdamW's state is made there). On the CPU the variants take turns, step by step, so that
@@ -39,10 +39,13 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import distill  # noqa: E402
 import train  # noqa: E402
-from model import VLM, VLMConfig  # noqa: E402
+from model import VLM  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
 from siglip import SiglipConfig  # noqa: E402
+from support.errors import at_least  # noqa: E402
+from support.layouts import VLMConfig  # noqa: E402
 from training import recipes  # noqa: E402
+from training.models import compile_layers  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ VARIANTS = {  # name -> flags of train.py, or of the straightforward way: losses
     "transformers": "all",
     "transformers, answers": "answers",
     "ours": [],
+    "ours, plain": ["--plain"],
     "ours, text rows": ["--vat-queries", "text"],
     "ours, no VAT": ["--vat-loss", "none"],
     "ours, checkpointing": ["--gradient-checkpointing"],
@@ -182,7 +186,7 @@ def visual_maps(attentions: tuple[Tensor, ...], columns: Tensor) -> Tensor:
 
 
 def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.Optimizer, losses_of: str):
-    """One optimizer step -> losses, gradient norm; what train.optimizer_step does, from the definitions."""
+    """One optimizer step -> losses, gradient norm; what train.py does, the way that one would write first."""
     with torch.no_grad():
         t = forward(teacher, batch)
     labels, columns = batch["labels"], batch["visual_columns"]
@@ -192,7 +196,7 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
     s_maps = visual_maps(s.attentions, columns)[student_layers]  # (k,B,T,P)
     t_maps, groups = visual_maps(t.attentions, columns), distill.match_layers(student_layers, teacher_layers)
     t_maps = torch.stack([t_maps[group].mean(0) for group in groups])  # (k,B,T,P)
-    queries = distill.query_rows("all", columns, batch["has_image"], batch["attention_mask"])
+    rows = distill.query_rows(batch, "all")
     if losses_of == "all":  # every token's, the others masked: transformers' own L_LM, the textbook's L_KL
         log_s, log_t = (out.logits[:, :-1].log_softmax(-1) for out in (s, t))
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # (B,T-1)
@@ -200,13 +204,25 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
     else:  # of the answers, picked from the whole logits
         sums = distill.lm_loss(s.logits, labels), distill.kl_loss(s.logits, t.logits, labels)
         lm, kl = (total / number for total, number in sums)
-    adl, count = distill.visual_attention_loss(s_maps, t_maps, queries)
+    adl, count = distill.visual_attention_loss(s_maps, t_maps, rows)
     losses = {"lm": lm, "kl": kl, "adl": adl / count}
-    sum(losses.values()).backward()
+    return losses, optimizer_step(sum(losses.values()), optimizer)
+
+
+def our_step(module: train.Step, batch: dict, optimizer: torch.optim.Optimizer):
+    """One optimizer step of train.py on one device -> losses, gradient norm."""
+    totals = distill.loss_counts(batch, module.method, module.weights)
+    loss, terms = module(batch, totals)
+    return {name: term.sum / term.count for name, term in terms.items()}, optimizer_step(loss, optimizer)
+
+
+def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    """-> the gradient norm."""
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {name: loss.detach() for name, loss in losses.items()}, norm.item()
+    return norm.item()
 
 
 # ---------------------------------------------------------------- measuring
@@ -230,8 +246,12 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
         if k:  # no flag says how many; Step asks here
             choose = distill.choose_layers
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
-        args = recipes.for_stage("2", train.parse_args(["--stage", "2", *flags]), ranks=1)
-        module = train.Step(student, teacher, "2", args)
+        args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *flags])
+        c = recipes.configure("2", args, ranks=1)
+        module = train.Step(student, teacher, c.method, c.weights, c.plain)
+        student.lm.checkpointing = c.gradient_checkpointing
+        if c.compile:
+            compile_layers(student, teacher)
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
     weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
@@ -244,7 +264,7 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
         if plain:
             losses, norm = plain_step(student, teacher, batch, optimizer, flags)
         else:
-            losses, norm = train.optimizer_step(module, optimizer, [batch], module.counts(batch), ranks=1)
+            losses, norm = our_step(module, batch, optimizer)
         seconds = clock(device) - started
         losses = {name: float(loss) for name, loss in losses.items()} | {"norm": norm}
         pipe.send({"seconds": seconds, "losses": losses, "peak": peak_memory(device), "static": static})
@@ -619,12 +639,12 @@ def main() -> None:
     for name, rounds in ("step", 3), ("vat", 8), ("scaling", 2), ("floor", 0):
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
-        command.add_argument("--batch", type=recipes.number(int, 1), help="samples (default: the shape's)")
+        command.add_argument("--batch", type=at_least(int, 1), help="samples (default: the shape's)")
         if rounds:
             command.add_argument(
-                "--rounds", type=recipes.number(int, 1), default=rounds, help="(default: %(default)s)"
+                "--rounds", type=at_least(int, 1), default=rounds, help="(default: %(default)s)"
             )
-            command.add_argument("--threads", type=recipes.number(int, 1), default=torch.get_num_threads())
+            command.add_argument("--threads", type=at_least(int, 1), default=torch.get_num_threads())
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
             command.add_argument("--out", type=Path, help="write all numbers there, JSON")

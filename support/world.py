@@ -13,8 +13,12 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from checkpoint import BadInput, whole_folder
-from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces, read_records
+from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces
+from support.checkpoint import whole_folder
+from support.errors import BadInput
+from support.records import Records
+
+TINY = Path(__file__).parent.parent / "tiny"  # the models that ship: teacher, student, ...
 
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
 SHAPES = ("circle", "square", "triangle")
@@ -284,7 +288,7 @@ def text_sample(rng: random.Random, tokenizer: Tokenizer) -> dict:
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
     """-> two dicts by kind: of [(picture, question, answer)] and of [(picture, true caption, negative)]."""
     recognition = {kind: [] for kind in RECOGNITION}
-    for item in read_records(world / "test" / "recognition.json"):
+    for item in Records([world / "test" / "recognition.json"]):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
     composition = {}
     for kind in COMPOSITION:

@@ -1,32 +1,28 @@
-"""Checkpoint folders: config.json + safetensors, read strictly and written atomically.
+"""Checkpoint folders, config.json + safetensors, read strictly; files and folders, written whole or not at all.
 
-Inside: finding a folder (local, or by hub name), listing its tensors (one file or shards), loading them into
-a module with every name and shape checked, and writing a folder that appears whole or not at all. Left out on
-purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
+Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
 """
 
+import fcntl
+import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
+from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from support.errors import BadInput
 
-class BadInput(ValueError):
-    """Something the user gave is wrong. The message is one sentence that names the file and the remedy."""
-
-
-def sentence(error: Exception) -> str:
-    """What to tell the user: the last line, without the trace that a DataLoader's worker puts before it."""
-    return str(error).strip().splitlines()[-1].removeprefix("checkpoint.BadInput: ")
+# ---------------------------------------------------------------- reading
 
 
 def find(path_or_hub_name: str | Path) -> Path:
@@ -66,28 +62,6 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def section(config: dict, name: str, file: Path) -> dict:
-    """config[name], or config itself where there is no such part."""
-    part = config.get(name, config)
-    if not isinstance(part, dict):
-        raise BadInput(f"{file}: {name} is {part!r}, not a JSON object; fetch or write it again")
-    return part
-
-
-def to_dataclass(cls: type, config: dict, file: Path):
-    """The fields of dataclass `cls` that config.json gives, type-checked; the others keep their defaults."""
-    values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
-    for field in fields(cls):
-        value, kind = values.get(field.name, field.default), field.type
-        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
-            kind is bool
-        )
-        if not right or (kind is int and value < 1):
-            what = "a positive whole number" if kind is int else f"a {kind.__name__}"
-            raise BadInput(f"{file}: {field.name} is {value!r}, not {what}; fetch or write it again")
-    return cls(**values)
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint: all shards of its index, or one model.safetensors."""
     index = folder / "model.safetensors.index.json"
@@ -114,6 +88,13 @@ def weight_files(folder: Path) -> list[Path]:
 def tensor_names(folder: Path) -> list[str]:
     """The name of every tensor in the folder, without reading any of them."""
     return [name for file in weight_files(folder) for name in _open(file).keys()]
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} is damaged or cut short ({error}); fetch it again") from None
 
 
 def load_weights(
@@ -159,6 +140,23 @@ def load_weights(
     module.load_state_dict(state, strict=True, assign=True)
 
 
+def fingerprint(folder: Path) -> str:
+    """Tells one checkpoint folder from another: its config, and size, beginning and end of its weights."""
+    if not (folder / "config.json").is_file():
+        raise BadInput(f"{folder} has no config.json; give a checkpoint folder")
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in weight_files(folder):
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(f"{file.name} {size}".encode() + handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            digest.update(handle.read())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- writing
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder to write into, which takes the name `folder` at the end: all of it or nothing.
@@ -197,8 +195,34 @@ def write_folder(
         raise BadInput(f"{folder} could not be written ({reason}); free space or choose another") from error
 
 
-def _open(file: Path):
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a text file: after a crash the old one or the new one is there, whole."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+
+
+def check_writable(folder: Path) -> None:
+    """One sentence, before any work, for a folder that cannot be made or written."""
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file} is damaged or cut short ({error}); fetch it again") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def lock_file(file: IO, how: int, taken: str) -> None:
+    """Lock an open file (fcntl.LOCK_EX, LOCK_SH) until it is closed, however the process ends.
+
+    Where another process has it, BadInput with the sentence `taken`.
+    """
+    try:
+        fcntl.lockf(file, how | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise BadInput(taken) from None
+    except OSError:
+        pass  # a file system without locks

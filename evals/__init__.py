@@ -1,0 +1,1 @@
+"""What eval.py stands on: scorers, benchmarks, analyses, pictures, chat."""

@@ -1,0 +1,185 @@
+"""The losses of distill.py without its whole matrices: what training computes unless it is told `--plain`.
+
+    in distill.py                                here
+    attention maps (B,H,T,T) of a layer          VisualAttention: some rows and columns, head mean, (B,R,P)
+    logits (B,T,V)                               answer_losses: at the answers, LOGIT_ROWS of them at a time
+    distillation_loss                            distillation_loss, the same value and gradient
+
+Nothing else is different: matching, distances and counts are distill.py's. tests/test_lean.py equates a whole
+step of both for every method, distance, choice of rows and matching.
+
+Shapes: B batch, T query tokens, S key tokens, R query rows asked for, P visual tokens, H heads, D head dim, C
+width, V vocabulary, n answer tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import distill
+from distill import IGNORE, Method, Term
+from qwen import Output, fused_attention, probabilities
+
+# ---------------------------------------------------------------- attention: a map and no more
+
+QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit the caches of a CPU
+
+
+@dataclass(frozen=True)
+class VisualAttention:
+    """An AttentionRequest (qwen.py): torch's fused attention, and beside it the map (B,R,P) of some rows.
+
+    distill.visual_map(A, columns)[:, rows], without ever holding A (B,H,T,S).
+    """
+
+    rows: slice  # R query tokens, of every sample
+    columns: Tensor  # (B,P) key tokens: a sample's visual tokens
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, _ = fused_attention(q, k, v, mask)
+        return out, visual_map(q, k, mask, self.rows, self.columns)
+
+
+@torch.compiler.disable  # compiled, it would be compiled anew for every length
+def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
+    """The head mean of the attention of `rows` on `columns` -> (B,R,P), QUERY_ROWS rows at a time.
+
+    Each part is computed again in the backward pass: in between only (B,R,P) stays, and nothing with heads.
+    """
+    S = k.shape[2]
+    parts = [q.new_empty(len(q), 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
+    for start in range(rows.start, rows.stop, QUERY_ROWS):
+        stop = min(start + QUERY_ROWS, rows.stop)
+        seen = S - q.shape[2] + stop  # no query of these sees a key beyond
+        part_mask = None if mask is None else mask[:, :, start:stop, :seen]
+        inputs = q[:, :, start:stop], k[:, :, :seen], part_mask, columns, S - seen
+        parts.append(checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(parts, 1)
+
+
+def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, unseen: int) -> Tensor:
+    head_mean = F.pad(probabilities(q, k, mask).mean(1), (0, unseen))  # (B,rows,S)
+    return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
+
+
+def span(rows: Tensor) -> slice:
+    """The shortest slice of T that holds every query of a (B,T) mask: attention is computed there only."""
+    used = rows.any(0).nonzero()
+    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+
+
+def request_rows(batch: dict, which: str) -> tuple[VisualAttention, Tensor]:
+    """The request for the query rows `all`, `image` or `text` of a batch, and which of its R count, (B,R)."""
+    rows = distill.query_rows(batch, which)
+    some = span(rows)
+    return VisualAttention(some, batch["visual_columns"]), rows[:, some]
+
+
+# ---------------------------------------------------------------- logits: at the answers, a few at a time
+
+LOGIT_ROWS = 64
+
+
+def answer_losses(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
+    labels: Tensor,
+    weights: Mapping[str, float],
+    totals: Mapping[str, Tensor],
+    shifted: bool = True,
+) -> tuple[Tensor, dict[str, Term]]:
+    """distill.lm_loss and kl_loss with at most LOGIT_ROWS rows of logits of a model at a time.
+
+    student, teacher: final hidden states (B,T,C) and output matrix (V,C); no teacher, no L_KL. Returns
+    their weighted sum, divided by the totals, which alone has a gradient, and the terms.
+    """
+    hidden, head = student
+    targets = distill.next_tokens(labels)
+    answers = targets != IGNORE
+    x, y = hidden[answers], targets[answers]  # (n,C), (n,)
+    lm_total = totals["lm"].clamp(min=1)
+    if teacher is None:
+        loss, lm, _ = _AnswerLosses.apply(x, head, y, None, None, weights["lm"], 0.0)
+        return loss / lm_total, {"lm": Term(lm, answers.sum())}
+    t, t_head = teacher
+    if shifted:  # both losses stand at the same positions, and are divided by the same number
+        loss, lm, kl = _AnswerLosses.apply(x, head, y, t[answers], t_head, weights["lm"], weights["kl"])
+        return loss / lm_total, {"lm": Term(lm, answers.sum()), "kl": Term(kl, answers.sum())}
+    at = labels != IGNORE
+    loss_lm, lm, _ = _AnswerLosses.apply(x, head, y, None, None, weights["lm"], 0.0)
+    loss_kl, _, kl = _AnswerLosses.apply(hidden[at], head, labels[at], t[at], t_head, 0.0, weights["kl"])
+    loss = loss_lm / lm_total + loss_kl / totals["kl"].clamp(min=1)
+    return loss, {"lm": Term(lm, answers.sum()), "kl": Term(kl, at.sum())}
+
+
+class _AnswerLosses(torch.autograd.Function):
+    """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
+
+    With g = dL/ds, dL/dx = gW and dL/dW = g^T x. So each chunk of logits is used up, forward and backward,
+    before the next one is made: nothing of size (n,V) is kept or computed twice. Products run in the dtype of
+    x, whatever W is held in.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight):
+        lm, kl = x.new_zeros(2, dtype=torch.float32)
+        dx, w = torch.zeros_like(x), weight.to(x.dtype)
+        teacher_w = None if teacher is None else teacher_weight.to(teacher.dtype)
+        dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        for i in range(0, len(x), LOGIT_ROWS):
+            rows = slice(i, i + LOGIT_ROWS)
+            s = F.linear(x[rows], w).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
+            with torch.enable_grad():
+                cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
+                divergence = torch.zeros_like(kl)
+                if teacher is not None:
+                    divergence = distill.kl_divergence(s, F.linear(teacher[rows], teacher_w))
+                (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
+            lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
+            dx[rows] = g @ w
+            if dw is not None and g.dtype == dw.dtype:
+                dw.addmm_(g.T, x[rows])
+            elif dw is not None:
+                dw += g.T @ x[rows]  # in bfloat16 a sum of many chunks would lose its small parts
+        ctx.save_for_backward(dx, dw)
+        ctx.mark_non_differentiable(lm, kl)
+        return lm_weight * lm + kl_weight * kl, lm, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream, *_):
+        dx, dw = ctx.saved_tensors  # changed in place: their only use, and there is one backward pass
+        return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None
+
+
+# ---------------------------------------------------------------- the whole method
+
+
+def distillation_loss(
+    student: Output,
+    teacher: Output | None,
+    heads: tuple[Tensor, Tensor | None],
+    batch: dict,
+    method: Method,
+    weights: Mapping[str, float],
+    totals: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Term]]:
+    """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
+
+    student, teacher: what their forward passes returned, without logits, with the request of `request_rows` in
+    the layers to be aligned. heads: their output matrices (V,C).
+    """
+    distilled = (teacher.hidden, heads[1]) if "kl" in weights else None
+    loss, terms = answer_losses(
+        (student.hidden, heads[0]), distilled, batch["labels"], weights, totals, method.kl_shifted
+    )
+    if "adl" in weights:
+        _, rows = request_rows(batch, method.rows)  # (B,R), as the maps have them
+        targets = distill.matched_targets(student.attentions, teacher.attentions, rows, method.matching)
+        adl = distill.visual_attention_loss(student.attentions.values(), targets, rows, method.distance)
+        loss, terms["adl"] = loss + weights["adl"] * adl.sum / totals["adl"].clamp(min=1), adl
+    return loss, terms

@@ -1,0 +1,1 @@
+"""The tiny world: `python -m tiny`, and the models that ship."""

@@ -1,0 +1,72 @@
+"""The tiny world on one command: four students trained and scored in minutes, on a laptop.
+
+    python -m tiny                                   # the main job: train, score, a table and a picture
+    python -m tiny score --model tiny/compodistill   # scores of a checkpoint, and similarity to the teacher
+    python -m tiny story                             # does the paper's argument hold? analyses and a report
+    python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from evals.analyses import add_common_arguments
+from evals.scorers import load
+from support.errors import at_least, one_sentence
+from support.world import TINY, make_world
+from tiny.make import make_tiny
+from tiny.scores import attention_similarity, table, tiny_scores
+from tiny.story import story
+from tiny.students import train_students
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["students", *argv]  # the main job needs no name
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m tiny", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    whole, teacher = at_least(int, 1), str(TINY / "teacher")
+
+    add = commands.add_parser("students", help="the main job; the same without this word").add_argument
+    add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of data order, new weights (default: %(default)s)")
+    add("--steps", type=whole, help="of stage 2, the other stages in proportion (default: the recipe's)")
+    add("--teacher", default=teacher, help="(default: %(default)s)")
+
+    add = commands.add_parser("score", help="scores, and similarity to the teacher").add_argument
+    add("--model", required=True, help="checkpoint folder or hub name")
+    add("--teacher", default=teacher, help="to compare attention with (default: %(default)s)")
+    add("--world", type=Path, default=Path("out/world"), help="made if missing (default: %(default)s)")
+    add("--limit", type=whole, metavar="N", help="items per kind (default: all)")
+
+    add_common_arguments(commands.add_parser("story", help="all analyses, and what holds"), "out/story")
+
+    add = commands.add_parser("make", help="the models that ship, again from nothing").add_argument
+    add("--out", type=Path, required=True, help="folder of all outputs")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--steps", type=whole, help="of each of the teacher's stages (default: the recipe's)")
+    return parser.parse_args(argv)
+
+
+def score(args: argparse.Namespace) -> None:
+    """Print the row of one model."""
+    vlm, teacher, world = load(args.model), load(args.teacher), make_world(args.world)
+    scores = tiny_scores(vlm, world, args.limit)
+    try:
+        scores["similarity"] = attention_similarity(vlm, teacher, world, args.limit or 100)
+    except ValueError as error:  # of another size or depth than this teacher: it has scores
+        print(f"no similarity to {args.teacher}: {error}")
+    print(table({str(args.model): scores}))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    stopped = "stopped; the same command goes on" if args.command in ("students", "make") else "stopped"
+    with one_sentence(stopped):
+        {"students": train_students, "score": score, "story": story, "make": make_tiny}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""What a model is worth on the tiny world: its scores, and how much it looks where its teacher looks.
+
+    recognition     colour, shape, existence, place: the greedy answer, letter for letter
+    compositional   SugarCrepe's seven kinds of caption pairs: right if P(yes | true caption) is higher than
+                    P(yes | hard negative), each asked alone; chance is 50
+"""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import distill
+import lean
+from evals import scorers
+from evals.benchmarks import markdown
+from evals.scorers import Ask
+from model import VLM
+from support.world import COMPOSITION, RECOGNITION, caption_question, tiny_items
+
+
+def tiny_scores(vlm: VLM, world: Path, limit: int | None = None) -> dict[str, float]:
+    """{kind: % right} with "recognition" and "compositional", the unweighted means over their kinds."""
+    recognition, composition = tiny_items(world, limit)
+    hits = {kind: exact_answers(vlm, items) for kind, items in recognition.items()}
+    hits |= {kind: paired_yes(vlm, pairs) for kind, pairs in composition.items()}
+    scores = {kind: 100 * sum(right) / len(right) for kind, right in hits.items()}
+    scores["recognition"] = float(np.mean([scores[kind] for kind in RECOGNITION]))
+    scores["compositional"] = float(np.mean([scores[kind] for kind in COMPOSITION]))
+    return scores
+
+
+def exact_answers(vlm: VLM, items: list[tuple[Path, str, str]]) -> list[float]:
+    """1.0 where the greedy answer to (picture, question) is the expected one, letter for letter."""
+    asks = [Ask(picture, question) for picture, question, _ in items]
+    replies = scorers.of_all(vlm, asks, partial(scorers.write, max_new_tokens=4))
+    return [float(reply == answer) for reply, (_, _, answer) in zip(replies, items)]
+
+
+def paired_yes(vlm: VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
+    """1.0 where P(yes) / (P(yes) + P(no)) is higher for the true caption; ties are wrong."""
+    lead = scorers.option_tokens(vlm, ("yes", "no")).lead
+    asks = [Ask(picture, caption_question(text), lead) for picture, *captions in pairs for text in captions]
+    odds = scorers.of_all(vlm, asks, scorers.yes_odds)
+    return [float(true > wrong) for true, wrong in zip(odds[::2], odds[1::2])]
+
+
+@torch.no_grad()
+def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | None = 100) -> float:
+    """How much the student looks where its teacher looks, from -1 to 1.
+
+    The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
+    each kind and over the understanding layers, each against the mean of its teacher group.
+    """
+    student_layers, teacher_layers = (
+        distill.understanding_layers(vlm.config.text.num_hidden_layers) for vlm in (student, teacher)
+    )
+    _, composition = tiny_items(world, limit)
+    pairs = [pair for kind in composition.values() for pair in kind]
+    samples = (scorers.prompt(student, picture, caption_question(true)) for picture, true, _ in pairs)
+    distance = count = 0
+    for batch in scorers.batches(samples, student.device):
+        request, rows = lean.request_rows(batch, "text")
+        inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
+        ours = student(**inputs, requests=dict.fromkeys(student_layers, request)).attentions
+        theirs = teacher(**inputs, requests=dict.fromkeys(teacher_layers, request)).attentions
+        targets = distill.matched_targets(ours, theirs, rows, "group")
+        term = distill.visual_attention_loss(ours.values(), targets, rows, "cosine-rows")
+        distance, count = distance + term.sum.item(), count + term.count.item()
+    return 1 - distance / count
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """{method: scores} -> a Markdown table: the two averages, every kind of pair, similarity to the teacher."""
+    columns = ["recognition", "compositional", *COMPOSITION]
+    lines = []
+    for name, scores in rows.items():
+        cells = [f"{scores[column]:.1f}" for column in columns]
+        lines.append([name, *cells, f"{scores['similarity']:.2f}" if "similarity" in scores else ""])
+    return markdown(["", *columns, "similarity"], lines)

@@ -1,0 +1,1 @@
+"""What train.py stands on: recipes and flags, models, devices, resuming, logs."""

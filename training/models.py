@@ -1,0 +1,110 @@
+"""The student and the teacher of a stage: loaded, checked against each other, frozen where they are not trained."""
+
+import torch
+from torch import Tensor
+
+import data
+import model
+from distill import TeacherAdapterFetch
+from model import DTYPES, VLM
+from support.checkpoint import find, read_json
+from support.errors import BadInput
+from support.ranks import barrier, rank_and_ranks
+from training import lora, resume
+from training.recipes import Config
+
+
+def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
+    """The student that a stage starts from, and its frozen teacher (None: nothing is distilled)."""
+    start, frozen = find(c.student), DTYPES[c.precision]
+    teacher = None
+    if c.teacher:
+        teacher = model.load(c.teacher, dtype=frozen, device=device).requires_grad_(False)
+    if c.stage in ("0a", "1"):  # a plain language model gets eyes and an adapter
+        if "vision_config" in read_json(start / "config.json"):
+            raise BadInput(f"{start} is multimodal; stage {c.stage} starts from a plain language model")
+        vision = teacher.vision if teacher else model.load_vision(c.vision, device=device)
+        lm, tokenizer = model.load_lm(start, device=device), data.load_tokenizer(start)
+        student = VLM.assemble(vision, lm, tokenizer, teacher, taf=c.method.taf and teacher is not None)
+    else:
+        student = model.load(start, device=device)
+    student.require_tokenizer()
+    if teacher is not None:
+        try:
+            check_pair(student, teacher, c.method.taf)
+        except BadInput as error:
+            raise BadInput(f"student {start}, teacher {c.teacher}: {error}") from None
+        student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
+        if c.method.taf:
+            student.adapter.teacher = teacher.adapter
+    choose_trained(student, c)
+    for parameter in student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen)
+    student.lm.checkpointing = c.gradient_checkpointing
+    if c.compile:
+        compile_layers(student, teacher)
+    distils = c.weights.keys() - {"lm"}  # else only its adapter was fetched
+    return student, teacher if distils else None
+
+
+def compile_layers(student: VLM, teacher: VLM | None) -> None:
+    """torch.compile every layer of vision encoder and language models, in place."""
+    towers = [student.vision.encoder, student.lm.model, *([teacher.lm.model] if teacher else [])]
+    for tower in towers:
+        for layer in tower.layers:
+            layer.compile()
+
+
+def choose_trained(student: VLM, c: Config) -> None:
+    """All is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model.
+
+    The language model is trained whole, or through LoRA. A new stage starts a new LoRA; the one before was
+    merged when its stage was saved.
+    """
+    student.requires_grad_(False).train()
+    taf = isinstance(student.adapter, TeacherAdapterFetch)
+    (student.adapter.student if taf else student.adapter).requires_grad_(True)
+    if c.stage not in ("0a", "1"):
+        student.lm.requires_grad_(c.tune == "full")
+        if c.tune == "lora":
+            lora.add_lora(student.lm.model.layers, c.lora_rank, c.lora_alpha, c.lora_dropout)
+
+
+def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
+    """Both must read the same ids and the same visual tokens, or the losses compare nothing."""
+    ours, theirs = student.config, teacher.config
+    if (ours.vision_layer, ours.drop_first_patch) != (theirs.vision_layer, theirs.drop_first_patch):
+        raise BadInput(
+            "they read other layers or patches of their vision encoders; run stage 1 with this --teacher"
+        )
+    words = student.tokenizer.get_vocab()
+    other = teacher.tokenizer.get_vocab() if teacher.tokenizer else words
+    differ = any(other.get(word) != i for word, i in words.items())
+    if differ or max(words.values()) >= theirs.text.vocab_size:
+        raise BadInput("their tokenizers differ; distillation needs models of one family")
+    if taf != isinstance(student.adapter, TeacherAdapterFetch):
+        has, flag = ("an adapter of its own", "--no-taf") if taf else ("the teacher's adapter", "--taf")
+        raise BadInput(f"the student has {has}; give {flag}")
+
+    def close(a: Tensor, b: Tensor) -> bool:  # either may have been kept in bfloat16
+        return torch.equal(a.bfloat16(), b.bfloat16())
+
+    pairs = [("vision encoder", student.vision, teacher.vision)]
+    pairs += [("fetched adapter", student.adapter.teacher, teacher.adapter)] if taf else []
+    for name, ours, theirs in pairs:
+        ours, theirs = ours.state_dict(), theirs.state_dict()
+        same = ours.keys() == theirs.keys() and all(close(ours[key], theirs[key]) for key in ours)
+        if not same:
+            raise BadInput(f"the student's {name} is not this teacher's; give the --teacher of its stage 1")
+
+
+def save_model(student: VLM, c: Config) -> None:
+    """The finished model as a checkpoint folder: shards put together, LoRA merged. All ranks call."""
+    tensors = lora.merge(resume.whole_state(student), c.lora_rank, c.lora_alpha)
+    if rank_and_ranks()[0] == 0:
+        with torch.device("meta"):
+            plain = VLM(student.config, student.tokenizer)
+        plain.load_state_dict(tensors, assign=True)
+        plain.eval().save(c.folder)
+    barrier()

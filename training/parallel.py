@@ -1,0 +1,55 @@
+"""Precision, and one training step on many devices."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from model import DTYPES
+
+
+def compute_dtype(precision: str, device: torch.device) -> AbstractContextManager:
+    """What --precision means. load_models and wrap_parallel follow it.
+
+    bf16: products in bfloat16 (autocast). Frozen weights are held in it, too: they are only read. Trained
+    weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the distance of two
+    neighbours in bfloat16 (2^-8 of the weight) and would be rounded away; a next stage that freezes them
+    rounds them once. The softmax of attention, norms and losses are float32 in any case.
+    """
+    return torch.autocast(device.type, DTYPES[precision]) if precision == "bf16" else nullcontext()
+
+
+def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
+    """The step (train.Step) as it is or, on many ranks, under DDP, or FSDP2, which shards the models' layers.
+
+    DDP, distributed data parallel, has whole models on every rank. FSDP, fully sharded data parallel, outside
+    the layers shards what is trained; what is frozen there (vision encoder, P_t, with LoRA embedding and head)
+    stays whole on every rank, since it is needed in every step and has no optimizer.
+    """
+    if not dist.is_initialized():
+        return step
+    if parallel == "ddp":
+        return DistributedDataParallel(step)
+    policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)
+    student, teacher = step.student, step.teacher[0]
+    for root, vlm in ((step, student), (teacher and teacher.lm, teacher)):
+        if vlm is None:
+            continue
+        for layer in vlm.lm.model.layers:
+            fully_shard(layer, mp_policy=policy)
+        layers = set(vlm.lm.model.layers.parameters())
+        whole = {p for p in root.parameters() if not p.requires_grad and p not in layers}
+        fully_shard(root, mp_policy=policy, ignored_params=whole)
+    return step
+
+
+def local_gradients(module: nn.Module, last: bool) -> AbstractContextManager:
+    """Around all micro-batches of a step: gradients travel between the ranks once, with the last one."""
+    if hasattr(module, "set_requires_gradient_sync"):  # FSDP
+        module.set_requires_gradient_sync(last)
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
+    return nullcontext()
