@@ -1,16 +1,15 @@
 """CompoDistill (arXiv 2510.12184): what the method adds to plain fine-tuning, as the paper prints it.
 
-    TAF, teacher adapter fetch         x_v = P_s(P_t(z))                        TeacherAdapterFetch
-    VAT, visual attention alignment    which layers, who matches whom           choose_layers, match_layers
-        the loss of the attention      L_ADL = 1 - (1/k) sum_j cos(A_t, A_s)    visual_attention_loss   (Eq. 2)
-        distillation, ADL
-    KL, Kullback-Leibler divergence    L_KL = KL(teacher || student), answers   kl_loss                 (Eq. 4)
-    LM, language modelling             L_LM = cross-entropy, answers            lm_loss
-    all of it                          L = L_LM + L_KL + L_ADL                  distillation_loss
+    TAF   teacher adapter fetch        x_v = P_s(P_t(z))                        TeacherAdapterFetch
+    VAT   visual attention alignment   which layers, and who matches whom       choose_layers, match_layers
+    ADL   attention distillation       L_ADL = 1 - (1/k) sum_j cos(A_t, A_s)    visual_attention_loss   Eq. 2
+    KL    Kullback-Leibler             L_KL = KL(teacher || student), answers   kl_loss                 Eq. 4
+    LM    language modelling           L_LM = cross-entropy, answers            lm_loss
+          all of it                    L = L_LM + L_KL + L_ADL                  distillation_loss
 
 This is the method on whole matrices, to be read and to be changed: `python train.py --plain` trains with it.
-Without that flag training computes the same from parts of the matrices (lean.py), and a test equates both over
-a whole step. Losses are computed in float32, and the teacher's side has no gradient.
+Without that flag training computes the same from parts of the matrices (lean.py), and tests/test_lean.py
+equates both over a whole step. Losses are computed in float32, and the teacher's side has no gradient.
 
 Shapes: B batch, T tokens, P visual tokens, H heads, k matched layers, C width, V vocabulary.
 """
@@ -180,7 +179,7 @@ def cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """1 - cos of each row of P -> (B,T). Ours: in one matrix the rows with much visual mass outweigh the rest."""
+    """1 - cos of each row of P -> (B,T). Ours: in one matrix rows with much visual mass outweigh the rest."""
     return 1 - cosine(student, target)
 
 
@@ -200,8 +199,8 @@ def released_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     """The released code's (commit 8411926), which is not the paper's -> (B,). Meant for rows = image: (P,P).
 
     Entries above mean + one (unbiased) standard deviation of their map are dropped on either side, which
-    removes attention sinks; so are those where the teacher is exactly 0, which is the causal triangle. What is
-    left is averaged over the queries, and the two vectors of P are compared by 1 - cos.
+    removes attention sinks; so are those where the teacher is exactly 0, which is the causal triangle. What
+    is left is averaged over the queries, and the two vectors of P are compared by 1 - cos.
     """
     inside = rows[..., None]  # (B,T,1)
     number = (rows.sum(1) * student.shape[-1]).clamp(min=2)[:, None, None]  # entries of a map, (B,1,1)
@@ -319,13 +318,14 @@ class Method:
 
 
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
-KD = {"1": LM_KL, "2": LM_KL, "3": LM}  # distilled pre-training and fine-tuning, then supervised fine-tuning
+SFT = {"1": LM, "2": LM, "3": LM}
+KD = {"1": LM_KL, "2": LM_KL, "3": LM}
 VAT = {"1": LM_KL, "2": LM_KL | {"adl": 1.0}, "3": LM}
 METHODS = {
-    "sft": Method({"1": LM, "2": LM, "3": LM}, taf=False),  # supervised fine-tuning alone
+    "sft": Method(SFT, taf=False),  # supervised fine-tuning alone
     "kd": Method(KD, taf=False),  # vanilla knowledge distillation
-    "compodistill": Method(VAT),  # the paper's
-    "compodistill-rows": Method(KD | {"2": LM_KL | {"adl": 3.0}}, distance="cosine-rows", rows="text"),  # ours
+    "compodistill": Method(VAT),  # the paper's; the next one is ours
+    "compodistill-rows": Method(VAT | {"2": LM_KL | {"adl": 3.0}}, distance="cosine-rows", rows="text"),
     "released": Method(VAT, kl_shifted=False, distance="released", rows="image", layers="released"),
 }
 

@@ -5,8 +5,8 @@
     python eval.py analyse similarity groups                                      # analyses.py
     python eval.py chat --model tiny/compodistill --image FILE                    # chat.py
 
-Here is the command line; the work is in evals/: how a reply or a caption is scored in scorers.py, what is right
-in benchmarks.py and metrics.py. The tiny world is scored by `python -m tiny score`.
+Here is the command line; the work is in evals/: how a reply or a caption is scored in scorers.py, what is
+right in benchmarks.py and metrics.py. The tiny world is scored by `python -m tiny score`.
 """
 
 import argparse

@@ -170,13 +170,12 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Term]]:
     """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
 
-    student, teacher: what their forward passes returned, without logits, with the request of `request_rows` in
-    the layers to be aligned. heads: their output matrices (V,C).
+    student, teacher: what their forward passes returned, without logits, with the request of `request_rows`
+    in the layers to be aligned. heads: their output matrices (V,C).
     """
-    distilled = (teacher.hidden, heads[1]) if "kl" in weights else None
-    loss, terms = answer_losses(
-        (student.hidden, heads[0]), distilled, batch["labels"], weights, totals, method.kl_shifted
-    )
+    ours = student.hidden, heads[0]
+    theirs = (teacher.hidden, heads[1]) if "kl" in weights else None
+    loss, terms = answer_losses(ours, theirs, batch["labels"], weights, totals, method.kl_shifted)
     if "adl" in weights:
         _, rows = request_rows(batch, method.rows)  # (B,R), as the maps have them
         targets = distill.matched_targets(student.attentions, teacher.attentions, rows, method.matching)

@@ -6,8 +6,8 @@
 The alphabet of shapes, used in every file: B batch, T tokens, N pictures, P visual tokens of a picture, H
 heads, D head dim, C width, V vocabulary, S side of the picture in pixels (in qwen.py and lean.py key tokens).
 
-Inside: VLM, the vision-language model (forward, stream, generate, answer, save), and load. How a model lies in
-a folder, in our layout and in those of others, is in support/layouts.py and exports.py. As a program it
+Inside: VLM, the vision-language model (forward, stream, generate, answer, save), and load. How a model lies
+in a folder, in our layout and in those of others, is in support/layouts.py and exports.py. As a program it
 converts: python model.py FOLDER --out OUT --layout hf
 """
 
@@ -227,8 +227,9 @@ class VLM(nn.Module):
     def generate(self, input_ids: Tensor, *args, **kwargs) -> Tensor:
         """The prompt's continuation, (B, new) ids: greedy at temperature 0, sampled above it.
 
-        Takes what `stream` takes. A row ends with any of `stop_ids` (default: those of the template) and is filled up with the first of
-        them. Rows of unequal length, padded on either side, give the same tokens as alone.
+        Takes what `stream` takes. A row ends with any of `stop_ids` (default: those of the template) and is
+        filled up with the first of them. Rows of unequal length, padded on either side, give the same tokens
+        as alone.
         """
         new = list(self.stream(input_ids, *args, **kwargs))
         return torch.stack(new, 1) if new else input_ids[:, :0]
@@ -294,9 +295,7 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32
     return vlm.eval()
 
 
-def load_lm(
-    path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> Qwen:
+def load_lm(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen:
     """A plain Qwen1.5 / Qwen2 checkpoint: a folder or a hub name, one file or shards."""
     folder = find(path_or_hub_name)
     config = layouts.qwen_config(read_json(folder / "config.json"), folder / "config.json")

@@ -50,9 +50,7 @@ class Embeddings(nn.Module):
 
     def __init__(self, c: SiglipConfig):
         super().__init__()
-        self.patch_embedding = nn.Conv2d(
-            c.num_channels, c.hidden_size, kernel_size=c.patch_size, stride=c.patch_size
-        )
+        self.patch_embedding = nn.Conv2d(c.num_channels, c.hidden_size, c.patch_size, stride=c.patch_size)
         self.position_embedding = nn.Embedding(c.num_patches, c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
@@ -130,7 +128,7 @@ class Siglip(nn.Module):
     def forward(
         self, pixel_values: Tensor, layer: int | None = -2, attention_layers: Collection[int] = ()
     ) -> VisionOutput:
-        """pixel_values (N,3,S,S) in [-1, 1] -> features (N,P,C), which are transformers' hidden_states[layer].
+        """Pictures (N,3,S,S) in [-1, 1] -> features (N,P,C), which transformers calls hidden_states[layer].
 
         layer: 0 is the embeddings, L (or -1) the last block's output BEFORE post_layernorm; None applies
         post_layernorm to it. Blocks above the asked one are not run.

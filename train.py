@@ -3,15 +3,15 @@
     python train.py                                  # a student of the tiny world: stages 1, 2 and 3
     torchrun --nproc-per-node 2 train.py --stage 2   # one stage; the stage before is found under --out
 
-    stage                                trains                    loss                  what it makes
-    0a, 0b                               adapter; adapter + LM     L_LM                  a teacher
-    1 DPT, distilled pre-training        adapter (with TAF: P_s)   L_LM + L_KL           reads the teacher's tokens
-    2 DFT, distilled fine-tuning         adapter + LM              L_LM + L_KL + L_ADL   looks where the teacher looks
-    3 SFT, supervised fine-tuning        adapter + LM              L_LM                  the student, finished
+    stage                            trains                    loss                  what it makes
+    0a, 0b                           adapter; adapter + LM     L_LM                  a teacher
+    1 DPT, distilled pre-training    adapter (with TAF: P_s)   L_LM + L_KL           it reads visual tokens
+    2 DFT, distilled fine-tuning     adapter + LM              L_LM + L_KL + L_ADL   it looks as its teacher
+    3 SFT, supervised fine-tuning    adapter + LM              L_LM                  the student, finished
 
-LM is the language model; the losses, TAF and the methods are in distill.py. Read on: one step of teacher and
-student (class Step), then one stage from top to bottom (train). Flags, recipes and Config are in
-training/recipes.py, how models are loaded and frozen in training/models.py.
+LM is the language model; the losses, TAF (teacher adapter fetch) and the methods are in distill.py. Read on:
+one step of teacher and student (class Step), then one stage from top to bottom (train). Flags, recipes and
+Config are in training/recipes.py, how models are loaded and frozen in training/models.py.
 """
 
 import math
@@ -106,13 +106,13 @@ class Step(nn.Module):
 def train(c: Config) -> Path:
     """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN.
 
-    A stage that was stopped goes on from its last save, to the same bits; one that has finished stays as it is.
+    One that was stopped goes on from its last save, to the same bits; one that has finished stays as it is.
     """
     (rank, ranks), device = rank_and_ranks(), pick_device()
     say = print if rank == 0 and not c.quiet else lambda *_: None
     run = c.folder.with_suffix(".run")  # what is needed to go on
     check_writable(run)
-    claimed = resume.claim(run)
+    claimed = resume.claim(run)  # no other process trains it until this file is closed
 
     # models and data
     torch.manual_seed(c.seed)  # the same new weights on every rank
@@ -125,7 +125,7 @@ def train(c: Config) -> Path:
         return c.folder
     size = sum(p.numel() for p in student.parameters() if p.requires_grad)
     whole = sum(p.numel() for p in student.parameters())
-    resume.check_space(run, needed=12 * size * (c.keep + 1) + 4 * whole)  # bytes: weight and two moments a save
+    resume.check_space(run, 12 * size * (c.keep + 1) + 4 * whole)  # bytes; 12: a weight and its two moments
 
     # many devices, optimizer, and what an earlier process has saved
     module = parallel.wrap_parallel(step_module, c.parallel, c.precision)
@@ -151,7 +151,7 @@ def train(c: Config) -> Path:
             # forward and backward: every loss is divided by the totals of all micro-batches and ranks
             sums, counts = {}, {}
             for i, batch in enumerate(micro_batches):
-                if any_rank(bool(asked), device):  # here, too, since a scheduler waits for no long step
+                if any_rank(bool(asked), device):  # between micro-batches: no scheduler waits for a long step
                     resume.save(run, student, optimizer, state, c.keep)
                     raise Stopped(f"stopped after step {step}, saved in {run}; the same command goes on")
                 with parallel.local_gradients(module, last=i == len(micro_batches) - 1):
@@ -180,8 +180,8 @@ def train(c: Config) -> Path:
             state = {"step": step + 1, "samples": samples, "bad": bad}
             if bad > c.max_bad_share * max(samples, 1000):
                 raise BadInput(
-                    f"{bad} of {samples} samples are bad, more than --max-bad-share {c.max_bad_share:g} allows; "
-                    f"{log.bad_file} lists them"
+                    f"{bad} of {samples} samples are bad, more than --max-bad-share {c.max_bad_share:g} "
+                    f"allows; {log.bad_file} lists them"
                 )
             log.count(seen)
             if (step + 1) % c.log_every == 0 or step in (0, steps - 1):
@@ -205,7 +205,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tensor], Seen]:
-    """What the losses of a step are divided by, and what is in it: of all micro-batches, added over all ranks."""
+    """What the losses of a step are divided by, and what is in it: micro-batches and ranks added up."""
     here = [distill.loss_counts(batch, c.method, c.weights) for batch in micro_batches]
     totals = {name: sum(counts[name] for counts in here) for name in here[0]}
     masks = [batch["attention_mask"] for batch in micro_batches]
@@ -221,13 +221,18 @@ def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tenso
 
 
 def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
-    """Stop where the losses counted something else than they were divided by."""
+    """Stop where a loss is missing, or counted something else than it was divided by."""
     for name, total in totals.items():
+        if name not in counts:
+            raise BadInput(
+                f"the method asks for the loss {name}, which distillation_loss has not returned; where only "
+                "distill.py has it, and not lean.py, train with --plain"
+            )
         counted = all_reduce(counts[name].clone()).item()
         if counted != total.item():
             raise BadInput(
-                f"the loss {name} counts {counted} items on the first step, but was divided by {total.item()}: "
-                "distill.loss_counts and the loss in distill.py disagree; mend one of them"
+                f"the loss {name} counts {counted} items on the first step, but was divided by "
+                f"{total.item()}: distill.loss_counts and the loss in distill.py disagree; mend one of them"
             )
 
 
@@ -253,9 +258,8 @@ def open_loader(c: Config, dataset: data.LlavaDataset, steps: int, first: int, d
     """This rank's micro-batches from step `first` on, in an order that follows from the seed."""
     rank, ranks = rank_and_ranks()
     lengths = dataset.lengths if c.group_by_length else None
-    order = data.batches_of(
-        len(dataset), steps, c.accumulation, c.batch_size, rank, ranks, c.seed, first, lengths
-    )
+    samples, size = len(dataset), c.batch_size
+    order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, first, lengths)
     return DataLoader(
         dataset,
         batch_sampler=order,

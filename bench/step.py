@@ -72,10 +72,8 @@ class Shape:
     def __str__(self) -> str:
         names = {"student": self.student, "teacher": self.teacher, "SigLIP": self.vision}
         sizes = ", ".join(f"{name} {c.num_hidden_layers} x {c.hidden_size}" for name, c in names.items())
-        batch = (
-            f"{self.batch} x {self.tokens} tokens, {self.vision.num_patches} visual, {self.answers} answered"
-        )
-        return f"{batch}; layers x width: {sizes}"
+        batch = f"{self.batch} x {self.tokens} tokens, {self.vision.num_patches} visual"
+        return f"{batch}, {self.answers} answered; layers x width: {sizes}"
 
 
 def qwen(width: int, layers: int, heads: int, ffn: int, vocabulary: int = 151936) -> QwenConfig:
@@ -109,7 +107,8 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> tuple[VLM, VLM]:
     """Student (TAF, its language model and P_s trained) and frozen teacher with seeded random weights."""
     with torch.device("meta"):
         teacher, lm = VLM(VLMConfig(shape.vision, shape.teacher)), Qwen(shape.student)
-    teacher, lm = (module.to(dtype).to_empty(device=device) for module in (teacher, lm))
+    teacher = teacher.to(dtype).to_empty(device=device)
+    lm = lm.to(dtype).to_empty(device=device)
     student = VLM.assemble(teacher.vision, lm, None, teacher, taf=True)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -191,29 +190,33 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
         t = forward(teacher, batch)
     labels, columns = batch["labels"], batch["visual_columns"]
     s = forward(student, batch, labels if losses_of == "all" else None)
-    depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
-    student_layers, teacher_layers = (distill.understanding_layers(depth) for depth in depths)
+    student_layers = distill.understanding_layers(student.config.text.num_hidden_layers)
+    teacher_layers = distill.understanding_layers(teacher.config.text.num_hidden_layers)
     s_maps = visual_maps(s.attentions, columns)[student_layers]  # (k,B,T,P)
     t_maps, groups = visual_maps(t.attentions, columns), distill.match_layers(student_layers, teacher_layers)
     t_maps = torch.stack([t_maps[group].mean(0) for group in groups])  # (k,B,T,P)
     rows = distill.query_rows(batch, "all")
     if losses_of == "all":  # every token's, the others masked: transformers' own L_LM, the textbook's L_KL
-        log_s, log_t = (out.logits[:, :-1].log_softmax(-1) for out in (s, t))
+        log_s = s.logits[:, :-1].log_softmax(-1)
+        log_t = t.logits[:, :-1].log_softmax(-1)
         divergence = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)  # (B,T-1)
         lm, kl = s.loss, divergence[labels[:, 1:] != data.IGNORE].mean()
     else:  # of the answers, picked from the whole logits
-        sums = distill.lm_loss(s.logits, labels), distill.kl_loss(s.logits, t.logits, labels)
-        lm, kl = (total / number for total, number in sums)
+        lm, number = distill.lm_loss(s.logits, labels)
+        kl, _ = distill.kl_loss(s.logits, t.logits, labels)
+        lm, kl = lm / number, kl / number
     adl, count = distill.visual_attention_loss(s_maps, t_maps, rows)
     losses = {"lm": lm, "kl": kl, "adl": adl / count}
-    return losses, optimizer_step(sum(losses.values()), optimizer)
+    norm = optimizer_step(sum(losses.values()), optimizer)
+    return {name: loss.detach() for name, loss in losses.items()}, norm
 
 
 def our_step(module: train.Step, batch: dict, optimizer: torch.optim.Optimizer):
     """One optimizer step of train.py on one device -> losses, gradient norm."""
     totals = distill.loss_counts(batch, module.method, module.weights)
     loss, terms = module(batch, totals)
-    return {name: term.sum / term.count for name, term in terms.items()}, optimizer_step(loss, optimizer)
+    losses = {name: term.sum.detach() / term.count for name, term in terms.items()}
+    return losses, optimizer_step(loss, optimizer)
 
 
 def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
@@ -435,7 +438,8 @@ def vat(options: argparse.Namespace) -> None:
 def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
     """The matrix products of a step but for attention: (part, M, K, N, times), (M,K) @ (K,N), 2MKN FLOPs."""
     v, s, t = shape.vision, shape.student, shape.teacher
-    patches, rows, answers = (shape.batch * n for n in (v.num_patches, shape.tokens, shape.answers))
+    patches, rows = shape.batch * v.num_patches, shape.batch * shape.tokens
+    answers = shape.batch * shape.answers
 
     def layers(c: QwenConfig) -> list[tuple[int, int, int]]:
         kv = c.hidden_size // c.num_attention_heads * c.num_key_value_heads
@@ -471,7 +475,8 @@ def attention(shape: Shape, queries: str = "all") -> list[tuple[str, int, int, i
     v, s, t, B, T = shape.vision, shape.student, shape.teacher, shape.batch, shape.tokens
     P = v.num_patches
     first = {"all": shape.before, "text": shape.before + P}[queries]  # the first row that VAT looks at
-    k, m = (len(distill.understanding_layers(c.num_hidden_layers)) for c in (s, t))
+    k = len(distill.understanding_layers(s.num_hidden_layers))
+    m = len(distill.understanding_layers(t.num_hidden_layers))
 
     def term(part: str, width: int, layers: int, products: int, units: int, start: int = 0, maps: int = 0):
         full, seen = (T - start) * T, (T * (T + 1) - start * (start + 1)) // 2  # pairs of query and key
@@ -520,7 +525,7 @@ def floor(options: argparse.Namespace) -> None:
     """FLOPs (two per multiply-add) and bytes (float32) of a step, in a table."""
     shape, rows = options.shape, count(options.shape)
     s, t, B, T = shape.student, shape.teacher, shape.batch, shape.tokens
-    total, full, moved = (sum(row[i] for row in rows) for i in (1, 2, 3))
+    total, full, moved = [sum(column) for column in list(zip(*rows))[1:]]
     unit, scale = ("TFLOP", 1e12) if total > 1e13 else ("GFLOP", 1e9)
     flops = {part: seen / scale for part, seen, _, _ in rows}
     print(f"{shape}; {trained(shape):,} parameters trained")

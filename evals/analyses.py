@@ -1,4 +1,4 @@
-"""The paper's five analyses of attention (its section 3). tiny/story.py tells what they say of the tiny world.
+"""The paper's five analyses of attention (its section 3). tiny/story.py says what follows on the tiny world.
 
     python eval.py analyse similarity groups    # figures (PNG) and their numbers (CSV, JSON)
     python -m tiny story                        # all five, the scores, one report of what holds
@@ -112,7 +112,8 @@ def matched(student_layers: int, teacher_layers: int) -> list[list[int]]:
     layers its group (distill.match_layers), elsewhere the one layer at the same relative depth.
     """
     layers = [[int((i + 0.5) / student_layers * teacher_layers)] for i in range(student_layers)]
-    ours, theirs = (distill.understanding_layers(number) for number in (student_layers, teacher_layers))
+    ours = distill.understanding_layers(student_layers)
+    theirs = distill.understanding_layers(teacher_layers)
     for i, group in zip(ours, distill.match_layers(ours, theirs)):
         layers[i] = group
     return layers
@@ -195,15 +196,15 @@ def answer_probability(vlm: model.VLM, hidden: Tensor, labels: Tensor) -> Tensor
 
 def gathered(batches: list[tuple]) -> Observed:
     """The batches' (B,) and {name: L of (B,)} -> arrays over all questions."""
-    probability = torch.cat([batch[0] for batch in batches]).cpu().numpy()
-    mass, cosine = (
-        {
-            part: torch.cat([torch.stack(batch[which][part], 1) for batch in batches]).cpu().numpy()
-            for part in batches[0][which]
+
+    def joined(parts: list[dict]) -> dict[str, np.ndarray]:
+        names = parts[0].keys()
+        return {
+            name: torch.cat([torch.stack(part[name], 1) for part in parts]).cpu().numpy() for name in names
         }
-        for which in (1, 2)
-    )
-    return Observed(probability, mass, cosine)
+
+    probabilities, masses, cosines = zip(*batches)
+    return Observed(torch.cat(probabilities).cpu().numpy(), joined(masses), joined(cosines))
 
 
 @dataclass(frozen=True)
@@ -220,8 +221,8 @@ class Guided:
     def mixed(self, attention: Tensor) -> Tensor:
         """A' of the intervention (paper, section 3): A (B,H,T,S) -> (B,H,T,S), every row sums to 1.
 
-        On the visual columns (1 - share) A + share M, with the same M for all heads; on the text columns A; then
-        each row is divided by its sum.
+        On the visual columns (1 - share) A + share M, with the same M for all heads; on the text columns A;
+        then each row is divided by its sum.
         """
         columns = self.columns[:, None, None].expand(*attention.shape[:3], -1)  # (B,H,T,P)
         visual = torch.lerp(attention.gather(3, columns), self.maps[:, None], self.share)
@@ -235,8 +236,9 @@ def intervene(
 ) -> dict[str, dict[str, np.ndarray]]:
     """Analysis 4: {model: {key of WAYS: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
 
-    In each understanding layer of a student what is mixed in is the mean map of that layer's teacher group, or,
-    as controls, the student's own map as it was, and the teacher's for the same words and another picture.
+    In each understanding layer of a student what is mixed in is the mean map of that layer's teacher group,
+    or, as controls, the student's own map as it was, and the teacher's for the same words and another
+    picture.
     """
     found = {"teacher": {"as it is": []}} | {name: {way: [] for way in WAYS} for name in students}
     ours = distill.understanding_layers(len(teacher.lm.model.layers))
@@ -287,16 +289,15 @@ def prompts(vlm: model.VLM, questions: list[Question], lead: tuple[int, ...]) ->
     """Samples for collate, each the prompt and the tokens with which yes and no both begin, if any."""
     for question in questions:
         sample = scorers.prompt(vlm, question.picture, question.text)
-        yield {name: sample[name] + list(lead) for name in ("input_ids", "labels")} | {
-            "pixel_values": sample["pixel_values"]
-        }
+        longer = {name: sample[name] + list(lead) for name in ("input_ids", "labels")}
+        yield sample | longer
 
 
 def yes_over_no(vlm: model.VLM, hidden: Tensor, last: Tensor, options: scorers.Options) -> Tensor:
     """log P(yes) / P(no) after position `last` (B,), the sum over their forms: hidden (B,T,C) -> (B,)."""
     logits = vlm.lm.head(hidden[torch.arange(len(last), device=last.device), last]).float()
-    yes, no = (logits[:, ids].logsumexp(1) for ids in options.tokens)
-    return yes - no
+    yes, no = options.tokens
+    return logits[:, yes].logsumexp(1) - logits[:, no].logsumexp(1)
 
 
 # ---------------------------------------------------------------- statistics
@@ -330,7 +331,8 @@ def ranks(values: np.ndarray) -> np.ndarray:
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Rank correlation of x (n,) and y (n,): Pearson's of the ranks; 0 where either does not vary."""
-    x, y = (rank - rank.mean() for rank in (ranks(x), ranks(y)))
+    x, y = ranks(x), ranks(y)
+    x, y = x - x.mean(), y - y.mean()
     length = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / length) if length else 0.0
 
@@ -421,9 +423,8 @@ def group_rows(observed: dict, questions: dict) -> tuple[list[dict], list[dict]]
         for name, seen in models.items():
             if not seen.cosine:
                 continue
-            x, y = (
-                values.reshape(-1, step).mean(1) for values in (understanding_cosine(seen), seen.probability)
-            )
+            x = understanding_cosine(seen).reshape(-1, step).mean(1)
+            y = seen.probability.reshape(-1, step).mean(1)
             group = grouped(x, by_kind(kinds))
             for g in range(GROUPS):
                 some = group == g

@@ -111,7 +111,8 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[st
             lock(handle, fcntl.LOCK_SH)  # nobody writes to it
         for _, row in answer_lines(part):
             if different := [name for name, value in run.items() if row.get(name) != value]:
-                there, here = ({name: which.get(name) for name in different} for which in (row, run))
+                there = {name: row.get(name) for name in different}
+                here = {name: run[name] for name in different}
                 raise BadInput(
                     f"{part} holds answers of another run ({there} there, {here} here); choose another "
                     "--answers, or score it as it is with --score-only"
@@ -228,7 +229,7 @@ def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[di
         if args.scorer == "choice" and not closed:
             raise BadInput(f"{args.name} asks for free answers; use --scorer generate")
     units = spread_out(everything, args.limit)
-    asked, known = (questions_of(some, args.scorer) for some in (units, everything))
+    asked, known = questions_of(units, args.scorer), questions_of(everything, args.scorer)
     kind = args.scorer.removesuffix("-per-token")  # which only divides: one file serves both
     model_name = re.sub(r"\W+", "-", args.model).strip("-")
     file = args.answers or Path(f"out/bench/{args.name}.{model_name}.{kind}.jsonl")

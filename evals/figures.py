@@ -108,9 +108,10 @@ def intervention_panels(figure, rows: list[dict]) -> None:
         axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance")
         for shift, (way, (label, colour, marker)) in zip(np.linspace(-0.3, 0.3, len(ways)), ways.items()):
             own = [row for row in rows if row["model"] == name and row["attention"] == way]
-            y, low, high = (np.array([row[key] for row in own]) for key in ("score", "low", "high"))
+            y = [row["score"] for row in own]
+            reach = [[row["score"] - row["low"] for row in own], [row["high"] - row["score"] for row in own]]
             axes.errorbar(
-                np.arange(len(families)) + shift, y, [y - low, high - y], color=colour, marker=marker, ms=6,
+                np.arange(len(families)) + shift, y, reach, color=colour, marker=marker, ms=6,
                 ls="", capsize=2, label=label,
             )  # fmt: skip
         axes.set_xticks(range(len(families)), families)

@@ -315,7 +315,7 @@ def rate(counts: np.ndarray, part: list[int], whole: list[int], eps: float) -> n
 
 def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
     """(...,6) -> (...,), 0 where nothing is positive. eps: POPE's 1e-5 is part of R-Bench's definition."""
-    p, r = (rate(counts, *rates[name], eps) for name in ("precision", "recall"))
+    p, r = rate(counts, *rates["precision"], eps), rate(counts, *rates["recall"], eps)
     return 2 * p * r / np.maximum(p + r + eps, 1e-12)
 
 

@@ -171,9 +171,8 @@ def picture(images: Path | None, *names: str) -> Path | None:
 
 # ---------------------------------------------------------------- readers: (annotations, images) -> pairs
 
-SUGARCREPE = [
-    f"{name}.json" for name in "swap_obj swap_att replace_obj replace_rel replace_att add_obj add_att".split()
-]
+SUGARCREPE = "swap_obj swap_att replace_obj replace_rel replace_att add_obj add_att".split()
+SUGARCREPE = [f"{kind}.json" for kind in SUGARCREPE]
 
 
 def sugarcrepe(annotations: Path, images: Path | None) -> Iterator[Pair]:

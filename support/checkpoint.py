@@ -1,6 +1,7 @@
-"""Checkpoint folders, config.json + safetensors, read strictly; files and folders, written whole or not at all.
+"""Checkpoint folders, read strictly: config.json + safetensors; and whatever is written whole or not at all.
 
-Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is opened.
+Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is
+opened.
 """
 
 import fcntl

@@ -1,8 +1,8 @@
 """How a model is written: in our own layout, the released one (CompoDistill's, TinyLLaVA's), or HF LLaVA's.
 
-Hugging Face LLaVA's is written with the names of 2024, which transformers of then, 4.52 and 5 all read. Beside
-config.json and the tensors lie small files, with which transformers prepares pictures as data.preprocess does,
-and texts as data.encode_prompt does.
+Hugging Face LLaVA's is written with the names of 2024, which transformers of then, 4.52 and 5 all read.
+Beside config.json and the tensors lie small files, with which transformers prepares pictures as
+data.preprocess does, and texts as data.encode_prompt does.
 """
 
 import json
@@ -44,7 +44,7 @@ def written(
     tensors: dict[str, Tensor],
     dtype: torch.dtype | None = None,
 ) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
-    """What write_folder writes: a VLM's state dict -> tensors, config.json and {name: text} of small files."""
+    """What write_folder writes: a VLM's state dict -> tensors, config.json, {name: text} of small files."""
     if layout not in NAMES:
         raise BadInput(f"layout {layout!r} is not known; choose {', '.join(NAMES)}")
     if layout == "released" and c.taf_gelu:

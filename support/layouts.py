@@ -21,7 +21,6 @@ from siglip import SiglipConfig
 from support.checkpoint import read_json, tensor_names
 from support.errors import BadInput
 
-
 # ---------------------------------------------------------------- config.json of the two networks
 
 
@@ -83,7 +82,7 @@ def siglip_config(config: dict, file: Path) -> SiglipConfig:
 
 
 def rename_siglip(name: str) -> str | None:
-    """A tensor's name in a plain SigLIP checkpoint -> its name in Siglip; None for what is left out on purpose."""
+    """A tensor's name in a plain SigLIP file -> its name in Siglip; None for what is left out on purpose."""
     name = name.removeprefix("vision_model.")
     return None if name.startswith(("head.", "text_model.", "logit_scale", "logit_bias")) else name
 
@@ -114,9 +113,9 @@ CHATML_START, CHATML_END = "<|im_start|>", "<|im_end|>"
 def template_of(folder: Path, tokenizer: Tokenizer) -> str:
     """Which template a checkpoint wants to be asked in.
 
-    chatml for Hugging Face LLaVA's layout where the tokenizer has its tokens, unless tokenizer_config.json ends
-    a text with <|endoftext|>, as Qwen1.5's base models and our exports do. Our own layout and the released one
-    are chat: so were they trained.
+    chatml for Hugging Face LLaVA's layout where the tokenizer has its tokens, unless tokenizer_config.json
+    ends a text with <|endoftext|>, as Qwen1.5's base models and our exports do. Our own layout and the
+    released one are chat: so were they trained.
     """
     if read_json(folder / "config.json").get("model_type") != "llava":
         return "chat"
@@ -190,8 +189,8 @@ SELECT = {"patch": True, "default": True, "cls_patch": False, "full": False}
 def rename_foreign(c: VLMConfig) -> Callable[[str], str | None]:
     """A function: a tensor's name in a released or HF LLaVA file -> its name in VLM.
 
-    None for what is left out on purpose: SigLIP's pooling head and text tower, and a tied language model's copy
-    of the embedding.
+    None for what is left out on purpose: SigLIP's pooling head and text tower, and a tied language model's
+    copy of the embedding.
     """
     adapter = "adapter.teacher." if c.taf_width else "adapter."
 

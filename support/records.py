@@ -1,4 +1,4 @@
-"""LLaVA's files of records, read record by record: 665k of them are a gigabyte of text and several of objects.
+"""LLaVA's files, read record by record: 665k records are a gigabyte of text and several of objects.
 
 In memory are four numbers a record, in every rank and every loader worker; the text stays on disk.
 """

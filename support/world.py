@@ -62,9 +62,8 @@ def draw(scene: Scene) -> Image.Image:
         elif shape == "square":
             pen.rectangle(box, fill=COLOURS[colour])
         else:
-            pen.polygon(
-                [(box[0], box[3]), (box[2], box[3]), ((box[0] + box[2]) / 2, box[1])], fill=COLOURS[colour]
-            )
+            left, top, right, bottom = box
+            pen.polygon([(left, bottom), (right, bottom), ((left + right) / 2, top)], fill=COLOURS[colour])
     return image
 
 
@@ -293,9 +292,8 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
     composition = {}
     for kind in COMPOSITION:
         items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
-        composition[kind] = [
-            (world / "images" / i["filename"], i["caption"], i["negative_caption"]) for i in items
-        ]
+        pairs = [(item["filename"], item["caption"], item["negative_caption"]) for item in items]
+        composition[kind] = [(world / "images" / name, *captions) for name, *captions in pairs]
     return tuple({kind: rows[:limit] for kind, rows in items.items()} for items in (recognition, composition))
 
 

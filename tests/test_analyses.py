@@ -13,20 +13,20 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import in_full
 from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
-from support.errors import BadInput
 from evals import analyses
 from evals.analyses import Guided, Question
-from helpers import in_full
 from lean import VisualAttention
 from qwen import Qwen, QwenConfig, rope_angles, rotate
+from support.errors import BadInput
 from support.layouts import VLMConfig
-from support.world import TINY, COMPOSITION, make_world, tiny_items
+from support.world import COMPOSITION, TINY, make_world, tiny_items
 from tiny import story
 from tiny.scores import paired_yes
 
@@ -555,7 +555,9 @@ def test_the_story_says_what_the_numbers_say(monkeypatch):
     assert "Not found: x." in bad
     assert "similarity.png" not in bad and "pip install matplotlib" in bad and "picture.png" in bad
     assert "| sft | 100.0 [100.0, 100.0] | 66.0 [" in bad  # its scores as it is
-    row = "| sft | mean | 50.0 | 50.0 | 50.0 | 50.0 | -16.0 [-"  # 66 - 50; its own mean has 66, the other's 42
+    row = (
+        "| sft | mean | 50.0 | 50.0 | 50.0 | 50.0 | -16.0 [-"  # 66 - 50; its own mean has 66, the other's 42
+    )
     assert re.search(re.escape(row) + r"[^|]*\| -16.0 [^|]*\| 8.0 ", bad)
 
 

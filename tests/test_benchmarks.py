@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support.errors import BadInput
 from evals import metrics
 from evals.benchmarks import BENCHMARKS, match_answers, read, read_pairs, score, score_file, score_pairs
 from evals.metrics import (
@@ -33,6 +32,7 @@ from evals.metrics import (
     share,
     soft_accuracy,
 )
+from support.errors import BadInput
 
 SAMPLES = Path(__file__).parent / "samples"
 SHORT = "\nAnswer the question using a single word or phrase."

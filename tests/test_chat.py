@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import in_full
 from PIL import Image
 from test_model import PICTURE, tiny, tiny_tokenizer
 from tokenizers import Tokenizer
 
 import data
-from support import layouts
 import model
-from support.errors import BadInput
 from data import IMAGE_TOKEN
-from helpers import in_full
 from evals import chat
 from evals.chat import Conversation
+from support import layouts
+from support.errors import BadInput
 from support.world import make_world
 
 ROOT = Path(chat.__file__).parent.parent
@@ -527,7 +527,8 @@ def command(*argv) -> list[str]:
 class Terminal:
     """A program at a pseudo terminal of its own, on which Ctrl-C is a key like any other.
 
-    Used in a `with` block, at whose end it is gone, whatever happens: what it computes it would compute for ever.
+    Used in a `with` block, at whose end it is gone, whatever happens: what it computes it would compute for
+    ever.
     """
 
     def __init__(self, folder: Path, *argv):
@@ -610,7 +611,9 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends(endless, noise, tmp_path)
 def test_ctrl_d_ends_and_lines_have_a_history(endless, tmp_path):
     with Terminal(tmp_path, "--model", endless, "--max-new-tokens", 8) as terminal:
         terminal.until("No picture. Ask, or /help.\n> ")
-        assert terminal.type("What is it?\r").until("> ").endswith("yes, ol\n> ")  # half a letter is not shown
+        assert (
+            terminal.type("What is it?\r").until("> ").endswith("yes, ol\n> ")
+        )  # half a letter is not shown
         assert terminal.type("\x1b[A\r").until("> ").endswith("What is it?\nyes, ol\n> ")  # arrow up
         assert terminal.type("\x04").status() == 0
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 
 import data
 import model
+from qwen import Qwen, QwenConfig
 from support.checkpoint import find, tensor_names, weight_files, write_folder
 from support.errors import BadInput
-from qwen import Qwen, QwenConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"

@@ -100,7 +100,7 @@ def golden():
 
 @pytest.fixture(scope="module")
 def golden_maps(golden):
-    """Head mean, visual columns 4..15, the teacher's layers matched in groups: two times k=3 of (B=2,T=23,P=12)."""
+    """Head mean, visual columns 4..15, teacher layers matched in groups: twice k=3 of (B=2,T=23,P=12)."""
     columns = torch.arange(4, 16).repeat(2, 1)
     student = {i: visual_map(A, columns) for i, A in enumerate(golden[0]["student_maps"])}
     teacher = {i: visual_map(A, columns) for i, A in enumerate(golden[0]["teacher_maps"])}
@@ -662,22 +662,34 @@ def test_visual_map_by_hand():
 
 def test_the_methods_are_the_papers_table():
     """method.md, sections 5 and 6: which losses in which stage, whose adapter."""
-    table = {name: {stage: set(terms) for stage, terms in method.weights.items()} for name, method in METHODS.items()}
+    table = {
+        name: {stage: set(terms) for stage, terms in method.weights.items()}
+        for name, method in METHODS.items()
+    }
     kd = {"1": {"lm", "kl"}, "2": {"lm", "kl"}, "3": {"lm"}}
     vat = kd | {"2": {"lm", "kl", "adl"}}
     assert table == {
         "sft": {"1": {"lm"}, "2": {"lm"}, "3": {"lm"}}, "kd": kd,
         "compodistill": vat, "compodistill-rows": vat, "released": vat,
     }  # fmt: skip
-    assert {name for name, method in METHODS.items() if method.taf} == {"compodistill", "compodistill-rows", "released"}
+    assert {name for name, method in METHODS.items() if method.taf} == {
+        "compodistill",
+        "compodistill-rows",
+        "released",
+    }
     weights = [w for method in METHODS.values() for terms in method.weights.values() for w in terms.values()]
     assert set(weights) == {1.0, METHODS["compodistill-rows"].weights["2"]["adl"]}
     paper = METHODS["compodistill"]
-    assert (paper.distance, paper.rows, paper.layers, paper.matching) == ("cosine", "all", "intermediate", "group")
+    assert (paper.distance, paper.rows, paper.layers, paper.matching) == (
+        "cosine",
+        "all",
+        "intermediate",
+        "group",
+    )
 
 
 def test_distillation_loss_is_the_weighted_sum_of_its_terms():
-    """Each divided by its count, or by the totals that it is given; a term without a weight is not computed."""
+    """Each divided by its count, or by given totals; a term without a weight is not computed."""
     torch.manual_seed(0)
     real, columns = mask("11111111", "11111110"), torch.tensor([[1, 2, 3], [2, 3, 4]])
     batch = batch_of(columns, real) | {"labels": torch.full((2, 8), IGNORE)}
@@ -690,7 +702,9 @@ def test_distillation_loss_is_the_weighted_sum_of_its_terms():
     loss, terms = distill.distillation_loss(student, teacher, batch, method, weights)
     expected = 2 * mean(lm_loss(student.logits, batch["labels"]))
     expected += 0.5 * mean(kl_loss(student.logits, teacher.logits, batch["labels"]))
-    maps = [[visual_map(out.attentions[i], columns) for i in (1, 2)] for out in (student, teacher)]  # 1, 1 + 3 // 2
+    maps = [
+        [visual_map(out.attentions[i], columns) for i in (1, 2)] for out in (student, teacher)
+    ]  # 1, 1 + 3 // 2
     expected += 3 * mean(visual_attention_loss(*maps, query_rows(batch, "all")))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert [terms[name].count.item() for name in ("lm", "kl", "adl")] == [3, 3, 2]
@@ -698,11 +712,13 @@ def test_distillation_loss_is_the_weighted_sum_of_its_terms():
     tenth, _ = distill.distillation_loss(student, teacher, batch, method, weights, totals)
     torch.testing.assert_close(10 * tenth, loss)
     loss, terms = distill.distillation_loss(student, None, batch, method, {"lm": 1.0})
-    assert terms.keys() == {"lm"} and loss.item() == pytest.approx(mean(lm_loss(student.logits, batch["labels"])))
+    assert terms.keys() == {"lm"} and loss.item() == pytest.approx(
+        mean(lm_loss(student.logits, batch["labels"]))
+    )
 
 
 def test_a_distance_of_another_shape_is_counted_by_its_shape():
-    """Values a row are divided by rows, whatever the entry in DISTANCES says: train.py then sees the difference."""
+    """Values a row are counted in rows, whatever DISTANCES says: so train.py sees the difference."""
     maps, rows = torch.rand(1, 2, 4, 3), mask("0111", "0011")
     assert visual_attention_loss(maps, maps, rows, "cosine").count == 2
     assert visual_attention_loss(maps, maps, rows, "cosine-rows").count == 5

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import in_full
 from PIL import Image
 
 import data
 import eval as evaluation
 import model
-from support.errors import BadInput
 from evals import answers, benchmarks, pictures, scorers
-from helpers import in_full
-from support.world import TINY, COMPOSITION, RECOGNITION, make_world, tiny_items
+from support.errors import BadInput
+from support.world import COMPOSITION, RECOGNITION, TINY, make_world, tiny_items
 from tiny.__main__ import main as tiny
 from tiny.scores import attention_similarity, exact_answers, paired_yes, tiny_scores
 

@@ -16,8 +16,8 @@ from test_model import CLOSE, GOLDEN, PICTURE, PIXELS, tiny, tiny_tokenizer
 
 import data
 import model
-from support.errors import BadInput
 from data import IMAGE_TOKEN
+from support.errors import BadInput
 from support.world import DESCRIBE, draw, random_scene
 
 ROOT = Path(model.__file__).parent

@@ -1,6 +1,4 @@
-"""No file imports itself in a circle, not even inside a function; and the method stands on nothing of ours but the
-network.
-"""
+"""No file imports itself in a circle, not even inside a function; the method stands on the network alone."""
 
 import ast
 from pathlib import Path
@@ -38,7 +36,9 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         return seen
 
     reach = {file: reached(file) for file in graph}
-    inside = {file: sorted(f for f in reach[file] if file in reach[f]) for file in graph if file in reach[file]}
+    inside = {
+        file: sorted(f for f in reach[file] if file in reach[f]) for file in graph if file in reach[file]
+    }
     return sorted({tuple(group): group for group in inside.values()}.values())
 
 
@@ -57,7 +57,12 @@ def test_the_method_stands_on_nothing_but_the_networks():
 
 def test_a_circle_is_seen(tmp_path):
     """Through three files and inside a function; a file that leads into it is no part of it."""
-    texts = {"a": "import part.b", "part/b": "def f():\n    from c import x", "c": "if 1:\n    import a", "d": "import a"}
+    texts = {
+        "a": "import part.b",
+        "part/b": "def f():\n    from c import x",
+        "c": "if 1:\n    import a",
+        "d": "import a",
+    }
     for name, text in texts.items():
         file = tmp_path / f"{name}.py"
         file.parent.mkdir(exist_ok=True)

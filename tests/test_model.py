@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_full
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,7 +16,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import data
 import model
 from data import IMAGE_TOKEN
-from helpers import in_full
 from model import VLM
 from qwen import QwenConfig
 from siglip import SiglipConfig
@@ -92,7 +92,9 @@ def test_golden_released_layout():
     """Vision features, visual tokens through P_t and P_s, one attention map, and logits."""
     vlm, pixels = model.load(GOLDEN / "released_layout"), RELEASED["pixel_values"]
     assert vlm.config.drop_first_patch and vlm.num_image_tokens == 8 and vlm.config.taf_width == 96
-    torch.testing.assert_close(vlm.vision(pixels, layer=-2).features, RELEASED["penultimate_features"], **GOLDEN_CLOSE)
+    torch.testing.assert_close(
+        vlm.vision(pixels, layer=-2).features, RELEASED["penultimate_features"], **GOLDEN_CLOSE
+    )
     torch.testing.assert_close(vlm.vision(pixels, layer=-1).features, RELEASED["last_hidden"], **GOLDEN_CLOSE)
     features = vlm.image_features(pixels)
     assert torch.equal(features, vlm.vision(pixels, layer=-2).features[:, 1:])
@@ -347,8 +349,12 @@ def test_visual_tokens_stand_where_the_placeholders_stood(token):
 def test_visual_tokens_may_stand_in_for_pixels():
     vlm, ids = tiny(), torch.tensor([[1, *PICTURE, 2], [*PICTURE, 3, 4]])
     visual = vlm.adapter(vlm.image_features(PIXELS[:2]))
-    assert torch.equal(vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual)).logits, vlm(ids, PIXELS[:2]).logits)
-    assert not torch.allclose(vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual.flip(0))).logits, vlm(ids, PIXELS[:2]).logits)
+    assert torch.equal(
+        vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual)).logits, vlm(ids, PIXELS[:2]).logits
+    )
+    assert not torch.allclose(
+        vlm.lm(inputs_embeds=vlm.embed(ids, visual_tokens=visual.flip(0))).logits, vlm(ids, PIXELS[:2]).logits
+    )
 
 
 def test_gradients_reach_adapter_and_real_tokens_only():

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_full
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
-from helpers import in_full
 from qwen import Cache, Qwen, QwenConfig, explicit_attention, rope_angles, rotate
 from support import layouts
 from support.errors import BadInput
@@ -213,7 +213,9 @@ def test_padding_is_never_read(mask, layers):
     changed = torch.where(mask, IDS, (IDS + 7) % 61)
     logits = lm(IDS, mask, in_full(*layers)).logits
     assert logits.isfinite().all()
-    torch.testing.assert_close(lm(changed, mask, in_full(*layers)).logits[mask], logits[mask], rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        lm(changed, mask, in_full(*layers)).logits[mask], logits[mask], rtol=0, atol=1e-6
+    )
     for row in range(3):
         alone = lm(IDS[row][mask[row]][None], None, in_full(*layers)).logits[0]
         torch.testing.assert_close(logits[row][mask[row]], alone, **CLOSE)

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import config
 from safetensors.torch import load_file
 
 import model
 import train
-from helpers import config
 from support.errors import BadInput
 from support.world import TINY, make_world
 from training import recipes, resume
@@ -30,8 +30,7 @@ from training import recipes, resume
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """As in the processes that this file starts: sums are the same to the bit, and small models are faster.
-    """
+    """As in the processes that this file starts: sums are the same to the bit, small models faster."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -355,8 +354,7 @@ def latest(out):
 
 @pytest.mark.slow
 def test_one_process_at_a_time(world, tmp_path):
-    """A second one is refused while the first trains, and goes on from its saves once that has been killed.
-    """
+    """A second one is refused while the first trains; once that is killed, it goes on from its saves."""
     argv = command(world, tmp_path, "--steps", 400, "--batch-size", 2, "--save-every", 2, "--workers", 1)
     process = start(argv)
     wait_for_step(tmp_path, 4, process)
@@ -464,7 +462,9 @@ def test_an_output_that_cannot_be_written_is_one_sentence(world, tmp_path, kind,
 
 def test_the_global_batch_is_checked():
     def paper(*flags, ranks):
-        return config("--recipe", "paper", "--teacher", "t", "--data", "x", "--images", "y", *flags, ranks=ranks)
+        return config(
+            "--recipe", "paper", "--teacher", "t", "--data", "x", "--images", "y", *flags, ranks=ranks
+        )
 
     for ranks, size in ((1, 32), (2, 16), (4, 8)):  # the tiny recipe's batch is shared by the ranks
         c = config(ranks=ranks)
@@ -515,8 +515,7 @@ def test_no_tiny_model_slips_into_the_papers_recipe(stage, method, needs, capsys
 
 
 def test_bf16_keeps_what_is_trained_in_float32(world, tmp_path):
-    """Frozen weights in bfloat16, trained ones and AdamW's moments in float32, losses near those of float32.
-    """
+    """Frozen weights in bfloat16, trained ones and their moments in float32, losses near those of float32."""
     train.main(command(world, tmp_path / "32", "--steps", 4, "--batch-size", 8))
     argv = command(world, tmp_path / "16", "--steps", 4, "--batch-size", 8, "--precision", "bf16")
     train_until(2, argv)
@@ -648,8 +647,7 @@ def test_kill_9_at_random_moments(world, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, gpus", [("paper_4b_to_1.8b.sh", 2), ("one_24gb_gpu_0.5b.sh", 1)])
 def test_the_scripts_in_runs(world, tmp_path, script, gpus):
-    """All three stages and the export, with tiny checkpoints and data. Asked to stop, one stops and goes on.
-    """
+    """All three stages and the export, with tiny checkpoints and data. Stopped, the script goes on."""
     places = {
         "TEACHER": TINY / "teacher", "STUDENT": TINY / "student", "IMAGES": world / "images",
         "PRETRAIN": world / "pretrain.json", "TUNE": world / "tune.json", "OUT": tmp_path / "out",

@@ -65,7 +65,9 @@ def test_every_hidden_state_equals_transformers(shape, tmp_path):
     for layer in range(-len(states), len(states)):
         torch.testing.assert_close(ours(pixels, layer=layer).features, states[layer], **CLOSE)
     torch.testing.assert_close(ours(pixels, layer=None).features, expected.last_hidden_state, **CLOSE)
-    assert torch.equal(ours(pixels).features, ours(pixels, layer=-2).features)  # the method's choice is the default
+    assert torch.equal(
+        ours(pixels).features, ours(pixels, layer=-2).features
+    )  # the method's choice is the default
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import config, in_full
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,7 +19,6 @@ import data
 import model
 import train
 from distill import METHODS, loss_counts
-from helpers import config, in_full
 from support.errors import BadInput
 from support.world import TINY, make_world
 from tiny.__main__ import main as tiny
@@ -123,7 +123,8 @@ def test_first_step_by_hand(one_rank, world):
     batch = data.collate([dataset[i] for i in order[:8]])
     ids, pixels, mask = batch["input_ids"], batch["pixel_values"], batch["attention_mask"]
     s, t = (
-        vlm(ids, pixels, mask, requests=in_full(*range(len(vlm.lm.model.layers)))) for vlm in (student, teacher)
+        vlm(ids, pixels, mask, requests=in_full(*range(len(vlm.lm.model.layers))))
+        for vlm in (student, teacher)
     )
     total, count = distill.kl_loss(s.logits, t.logits, batch["labels"])
     assert log[0]["kl"] == pytest.approx((total / count).item(), abs=1e-5)
@@ -221,30 +222,30 @@ def test_frozen_parts_run_once(one_rank, world):
     assert calls == [teacher.vision, teacher.adapter]
 
 
+THREE = {"lm": 1, "kl": 1, "adl": 1}
+
+
 @pytest.mark.parametrize(
     "flags, changes",
     [
         ("--vat-loss mse", {"distance": "mse"}),
-        ("--vat-queries text --layers all --matching simple", {"rows": "text", "layers": "all", "matching": "simple"}),
+        ("--vat-queries text --layers all", {"rows": "text", "layers": "all"}),
+        ("--matching simple", {"matching": "simple"}),
         ("--no-taf", {"taf": False}),
-        ("--vat-weight 3", {"2": {"lm": 1, "kl": 1, "adl": 3}}),
+        ("--vat-weight 3", {"2": THREE | {"adl": 3}}),
         ("--vat-loss none", {"2": {"lm": 1, "kl": 1}}),
         ("--vat-weight 0", {"2": {"lm": 1, "kl": 1}}),
-        ("--kl-weight 0.5", {"1": {"lm": 1, "kl": 0.5}, "2": {"lm": 1, "kl": 0.5, "adl": 1}}),
+        ("--kl-weight 0.5", {"1": {"lm": 1, "kl": 0.5}, "2": THREE | {"kl": 0.5}}),
         ("--kl-weight 0", {"1": {"lm": 1}, "2": {"lm": 1, "adl": 1}}),
-        ("--method kd --vat-loss cosine-rows", {"taf": False, "distance": "cosine-rows", "2": {"lm": 1, "kl": 1, "adl": 1}}),
-        ("--method sft --kl-weight 1", {"taf": False, "1": {"lm": 1, "kl": 1}, "2": {"lm": 1, "kl": 1}}),
-        ("--method released", {"kl_shifted": False, "distance": "released", "rows": "image", "layers": "released"}),
+        ("--method kd --vat-loss mse", {"taf": False, "distance": "mse", "2": THREE}),
+        ("--method sft --kl-weight 1", {"taf": False, "2": {"lm": 1, "kl": 1}}),
+        ("--method released", dict(kl_shifted=False, distance="released", rows="image", layers="released")),
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_flags_make_the_method(flags, changes):
     """Every flag of an ablation changes what it says and nothing else."""
     method, paper = config(*flags.split()).method, METHODS["compodistill"]
-    weights = {stage: changes.get(stage, terms) for stage, terms in paper.weights.items()}
-    if "--method sft" in flags or "--method kd" in flags:
-        weights["1"] = changes.get("1", {"lm": 1, "kl": 1})
-    assert method.weights == weights
+    assert method.weights == {stage: changes.get(stage, terms) for stage, terms in paper.weights.items()}
     for name in ("taf", "kl_shifted", "distance", "rows", "layers", "matching"):
         assert getattr(method, name) == changes.get(name, getattr(paper, name)), name
 
@@ -264,7 +265,7 @@ def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_divided_by_something_else_stops_the_run(one_rank, world, tmp_path, ranks):
-    """A distance that gives a value a row and says that it counts samples: on the first step, with both numbers."""
+    """A distance that gives a value a row and says that it counts samples; on the first step, with both numbers."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
         "distill.DISTANCES['cosine'] = distill.DISTANCES['cosine-rows']._replace(counts='samples')\n"
@@ -274,7 +275,9 @@ def test_a_loss_that_is_divided_by_something_else_stops_the_run(one_rank, world,
     start = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
     where = ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4, "--steps", 3]
     code, text = run(tmp_path / "hack.py", *start, *where, ranks=ranks)
-    assert code != 0 and re.search(rf"error: the loss adl counts \d+ items on the first step, but was divided by {4 * ranks}: ", text)
+    assert code != 0 and re.search(
+        rf"error: the loss adl counts \d+ items on the first step, but was divided by {4 * ranks}: ", text
+    )
 
 
 def test_stage_0_makes_a_teacher_of_any_language_model(world, tmp_path):
@@ -368,10 +371,12 @@ def broken(tmp_path, world):
         "a multimodal start": (["--stage", "1", "--student", TINY / "teacher"], ["multimodal"]),
         "truncated teacher": (["--stage", "1", "--teacher", half], ["model.safetensors"]),
         "stage 2 without stage 1": (
-            ["--stage", "2", "--name", "mine"], ["mine/stage1 is missing", "`python train.py --stage 1 --name mine"]
+            ["--stage", "2", "--name", "mine"],
+            ["mine/stage1 is missing", "`python train.py --stage 1 --name mine"],
         ),
         "stage 3 without stage 2": (
-            ["--stage", "3"], ["compodistill/stage2 is missing", "`python train.py --stage 2 --out", "TUNE.json"]
+            ["--stage", "3"],
+            ["compodistill/stage2 is missing", "`python train.py --stage 2 --out", "TUNE.json"],
         ),
         "no data": (["--stage", "1", "--data", tmp_path / "no.json", *images], ["no.json"]),
         "broken data": (["--stage", "1", "--data", bad_json, *images], ["bad.json"]),
@@ -475,11 +480,20 @@ def test_the_four_students_are_no_work_for_torchrun(monkeypatch, tmp_path):
 
 
 def test_the_command_of_the_stage_before_is_whole(monkeypatch, tmp_path):
-    """With all flags that a stage has in common with the one before it, under torchrun, too; and what is there
-    already is named.
-    """
+    """With all flags that both stages have in common, under torchrun, too; and what is there is named."""
     (tmp_path / "kd/stage1").mkdir(parents=True)
-    argv = ["--stage", "2", "--name", "l1", "--out", str(tmp_path), "--vat-loss", "mse", "--steps=30", "--no-taf"]
+    argv = [
+        "--stage",
+        "2",
+        "--name",
+        "l1",
+        "--out",
+        str(tmp_path),
+        "--vat-loss",
+        "mse",
+        "--steps=30",
+        "--no-taf",
+    ]
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput) as error:
@@ -496,7 +510,9 @@ def test_stages_1_2_and_3_follow_one_another(world, tmp_path, capsys):
     shutil.copytree(world, tmp_path / "world")
     argv = ["--out", str(tmp_path), "--steps", "2", "--batch-size", "4", "--name", "mine"]
     train.main(argv)
-    assert [f"stage {n} done: {tmp_path}/mine/stage{n}" in capsys.readouterr().out or n for n in "1"] == [True]
+    assert [f"stage {n} done: {tmp_path}/mine/stage{n}" in capsys.readouterr().out or n for n in "1"] == [
+        True
+    ]
     assert model.load(tmp_path / "mine/stage3").config.taf_width == 64
     train.main(argv)
     assert capsys.readouterr().out.count("finished already") == 3

@@ -193,7 +193,9 @@ def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypat
     for module, name in ((tiny.make, "pretrain_text"), (train, "learning_rate")):
         plain = getattr(module, name)
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, lambda *these, plain=plain: signal.raise_signal(number) or plain(*these))
+            patch.setattr(
+                module, name, lambda *these, plain=plain: signal.raise_signal(number) or plain(*these)
+            )
             with pytest.raises(SystemExit, match="stopped.*the same command goes on"):
                 main([*argv, str(tmp_path / "parts")])
     main([*argv, str(tmp_path / "parts")])

@@ -115,7 +115,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
-    """From the features the models read (hidden state -2): which of 12 objects or none, which column and row."""
+    """From the features that models read (hidden state -2): which of 12 objects or none, column and row."""
     init_weights(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
     none, side = len(kinds), world.GRID

@@ -1,8 +1,8 @@
 """What a model is worth on the tiny world: its scores, and how much it looks where its teacher looks.
 
-    recognition     colour, shape, existence, place: the greedy answer, letter for letter
-    compositional   SugarCrepe's seven kinds of caption pairs: right if P(yes | true caption) is higher than
-                    P(yes | hard negative), each asked alone; chance is 50
+recognition     colour, shape, existence, place: the greedy answer, letter for letter
+compositional   SugarCrepe's seven kinds of caption pairs: right if P(yes | true caption) is higher than
+                P(yes | hard negative), each asked alone; chance is 50
 """
 
 from functools import partial
@@ -53,9 +53,8 @@ def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | N
     The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
     each kind and over the understanding layers, each against the mean of its teacher group.
     """
-    student_layers, teacher_layers = (
-        distill.understanding_layers(vlm.config.text.num_hidden_layers) for vlm in (student, teacher)
-    )
+    student_layers = distill.understanding_layers(student.config.text.num_hidden_layers)
+    teacher_layers = distill.understanding_layers(teacher.config.text.num_hidden_layers)
     _, composition = tiny_items(world, limit)
     pairs = [pair for kind in composition.values() for pair in kind]
     samples = (scorers.prompt(student, picture, caption_question(true)) for picture, true, _ in pairs)
@@ -72,7 +71,7 @@ def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | N
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """{method: scores} -> a Markdown table: the two averages, every kind of pair, similarity to the teacher."""
+    """{method: scores} -> a Markdown table: both averages, every kind of pair, similarity to the teacher."""
     columns = ["recognition", "compositional", *COMPOSITION]
     lines = []
     for name, scores in rows.items():

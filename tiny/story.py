@@ -1,4 +1,4 @@
-"""The story, `python -m tiny story`: does the paper's argument hold on the tiny world? One report of our figures.
+"""`python -m tiny story`: does the paper's argument hold on the tiny world? One report of our own figures.
 
 The argument is a chain of four links: attention is misaligned -> alignment goes with accuracy -> forcing
 alignment helps -> training for it helps most. Each link is a list of claims, each that a number is above 0.
@@ -142,7 +142,8 @@ def score_table(study: Study, recognised: dict[str, np.ndarray]) -> str:
     """Scores of the models as they are, in %, with intervals."""
     lines = []
     for name, right in recognised.items():
-        own = [row for row in study.rows["intervention"] if (row["model"], row["attention"]) == (name, "as it is")]
+        rows = [row for row in study.rows["intervention"] if row["attention"] == "as it is"]
+        own = [row for row in rows if row["model"] == name]
         cells = {row["kind"]: spread(row["score"], row["low"], row["high"]) for row in own}
         first = spread(*estimate(100 * right, resamples(study.questions["recognition"])))
         lines.append([name, first, cells["all"], *(cells[family] for family in FAMILIES)])
@@ -150,7 +151,7 @@ def score_table(study: Study, recognised: dict[str, np.ndarray]) -> str:
 
 
 def cosine_table(study: Study) -> str:
-    """Similarity of each student to the teacher, over image and text tokens, mean of the understanding layers."""
+    """Similarity of each student to the teacher over image and text tokens, in the understanding layers."""
     lines = []
     for name, first in study.observed["compositional"].items():
         if first.cosine:
@@ -174,7 +175,7 @@ def correlation_table(study: Study) -> str:
 
 
 def intervention_table(study: Study) -> str:
-    """Caption pairs right with visual attention as it is, mixed and replaced; the change, and what explains it.
+    """Caption pairs right with visual attention as it is, mixed and replaced, and how that changes them.
 
     The last two columns: the mean with the teacher's map against the same mean with the two controls' maps.
     """
@@ -215,18 +216,18 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
     first, second, third, _ = links
     parts = [
         "# Does attention carry the argument here?",
-        f"CompoDistill argues in four links, tested here on the tiny world: {numbers[0]} recognition questions, "
-        f"{numbers[1] // 2} caption pairs. **{held} of {len(links)} links hold.**",
+        f"CompoDistill argues in four links, tested here on the tiny world: {numbers[0]} recognition "
+        f"questions, {numbers[1] // 2} caption pairs. **{held} of {len(links)} links hold.**",
         missing,
         markdown(["link", "here", "claims: each says that its number is above 0"], summary),
         "*Numbers: [CSV](links.csv), [JSON](links.json).*",
-        "Intervals hold 95 % (bootstrap over pictures); *holds* means that the whole interval is above 0, *not "
-        "shown* that it includes 0. They are about other test pictures, not about other training runs: another "
-        "seed can change a student by more than its interval, and every student here is one run.",
+        "Intervals hold 95 % (bootstrap over pictures); *holds* means that the whole interval is above 0, "
+        "*not shown* that it includes 0. They are about other test pictures, not about other training runs: "
+        "another seed can change a student by more than its interval, and every student here is one run.",
         "## What the models score",
         score_table(study, recognised),
-        "*Recognition: answered word for word. Compositional: P(yes) is higher for the true caption than for its "
-        "hard negative; chance is 50.*",
+        "*Recognition: answered word for word. Compositional: P(yes) is higher for the true caption than for "
+        "its hard negative; chance is 50.*",
         figure("attention", "Attention of the answering position over picture and text, by depth."),
         f"## {first}",
         figure("similarity", "Cosine of student and teacher attention, by depth of the student's layer."),
@@ -234,13 +235,13 @@ def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figure
         f"## {second}",
         figure("groups", "Items in groups by similarity, each with the same mix of kinds."),
         correlation_table(study),
-        '*Spearman\'s rho. "All" mixes kinds, of which some are easier and looked at more alike; "within kinds" is '
-        "the mean of each kind's own rho. Numbers: [CSV](correlation.csv), [JSON](correlation.json).*",
+        '*Spearman\'s rho. "All" mixes kinds, of which some are easier and looked at more alike; "within '
+        "kinds\" is the mean of each kind's own. Numbers: [CSV](correlation.csv), [JSON](correlation.json).*",
         f"## {third}",
         figure("intervention", "Caption pairs, with the visual attention as it is, mixed and replaced."),
         intervention_table(study),
-        "*% of pairs right; the rest in points. A mean mixes one map into all heads: a student's own head mean "
-        "shows what that alone does, the teacher's map for another picture what it does to look in a wrong place.*",
+        "*% of pairs right; the rest in points. A mean mixes one map into all heads: a student's own head "
+        "mean shows what that alone does, the teacher's map for another picture what a wrong place does.*",
         "## For the eye",
         figure("picture", "Where the words of a question look (bright = much attention), and answers."),
     ]

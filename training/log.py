@@ -3,6 +3,8 @@
     out/name/stage2.jsonl            step, every loss term, lr, gradient norm, rates, padding, memory, ETA
              stage2.bad.jsonl        samples that --skip-bad-samples passed over
              stage2.nan-rank0.json   the batch after which a loss or the gradient was not finite
+
+A run that goes on cuts its log back to the save from which it goes on.
 """
 
 import json
@@ -34,7 +36,7 @@ class Log:
 
     def __init__(self, run: Path, start: int, steps: int, c: Config):
         self.rank, self.quiet, self.start, self.steps = rank_and_ranks()[0], c.quiet, start, steps
-        self.file, self.bad_file = (run.with_suffix(suffix) for suffix in (".jsonl", ".bad.jsonl"))
+        self.file, self.bad_file = run.with_suffix(".jsonl"), run.with_suffix(".bad.jsonl")
         self.nan_file = run.with_suffix(f".nan-rank{self.rank}.json")
         if self.rank == 0:
             for file in (self.file, self.bad_file):

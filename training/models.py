@@ -1,4 +1,4 @@
-"""The student and the teacher of a stage: loaded, checked against each other, frozen where they are not trained."""
+"""The student and the teacher of a stage: loaded, checked against each other, and what is trained of them."""
 
 import torch
 from torch import Tensor

@@ -26,8 +26,8 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
     """The step (train.Step) as it is or, on many ranks, under DDP, or FSDP2, which shards the models' layers.
 
     DDP, distributed data parallel, has whole models on every rank. FSDP, fully sharded data parallel, outside
-    the layers shards what is trained; what is frozen there (vision encoder, P_t, with LoRA embedding and head)
-    stays whole on every rank, since it is needed in every step and has no optimizer.
+    the layers shards what is trained; what is frozen there (vision encoder, P_t, with LoRA embedding and
+    head) stays whole on every rank, since it is needed in every step and has no optimizer.
     """
     if not dist.is_initialized():
         return step

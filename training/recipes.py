@@ -30,7 +30,12 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     },
     "paper": {
         "all": dict(
-            batch_size=4, epochs=1, tune="lora", precision="bf16", workers=4, gradient_checkpointing=True
+            batch_size=4,
+            epochs=1,
+            tune="lora",
+            precision="bf16",
+            gradient_checkpointing=True,
+            workers=4,
         ),
         "0a": dict(lr=1e-3, global_batch=256, max_length=2048),
         "0b": dict(lr=2e-4, global_batch=128, max_length=2048, lora_dropout=0.05),
@@ -110,7 +115,7 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     if args.recipe == "paper" and args.tune == "full" and stage in ("0b", "2", "3"):
         recipe["lr"] = FULL_LR
     values = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
-    if args.batch_size is None and values["global_batch"] is None:  # the tiny recipe's is of all ranks together
+    if args.batch_size is None and values["global_batch"] is None:  # the tiny recipe's is that of all ranks
         values["batch_size"] = max(1, values["batch_size"] // ranks)
     per_pass = ranks * values["batch_size"]
     if values["accumulation"] is None:

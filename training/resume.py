@@ -48,7 +48,7 @@ def check_space(run: Path, needed: int) -> None:
 
 
 def claim(run: Path) -> IO | None:
-    """One process at a time trains a run: rank 0 locks its folder until the file that this returns is closed."""
+    """One process at a time trains a run: rank 0 locks its folder until the returned file is closed."""
     if rank_and_ranks()[0] > 0:
         return None
     file = open(run / "lock", "w")
@@ -68,7 +68,8 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
         except (ValueError, TypeError, AttributeError):
             raise BadInput(f"{file} is damaged; choose another --name") from None
         if different:
-            there, here = ({key: which.get(key) for key in different} for which in (other, identity))
+            there = {key: other.get(key) for key in different}
+            here = {key: identity.get(key) for key in different}
             raise BadInput(
                 f"{run} exists already and belongs to another run ({there} there, {here} here); "
                 "repeat its arguments to go on with it, or choose another --name"
@@ -95,15 +96,16 @@ def state_tensors(module: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, 
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"], state["exp_avg_sq"] = (torch.zeros_like(parameter) for _ in range(2))
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
         tensors["weights"][name] = parameter.detach()
-        tensors["exp_avg"][name], tensors["exp_avg_sq"][name] = state["exp_avg"], state["exp_avg_sq"]
+        tensors["exp_avg"][name] = state["exp_avg"]
+        tensors["exp_avg_sq"][name] = state["exp_avg_sq"]
     return tensors
 
 
 def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict, keep: int) -> None:
-    """Save what `load` needs to go on from state["step"], and keep the newest `keep` saves. All ranks call.
-    """
+    """Save what `load` needs to go on from state["step"]; keep the newest `keep` saves. All ranks call."""
     rank, ranks = rank_and_ranks()
     folder = run / f"step-{state['step']:08}"
     if newest(run) == folder.name and is_whole(folder):

@@ -15,7 +15,7 @@ class Stopped(Exception):
 def signals_ask_to_stop() -> Iterator[list[float]]:
     """A list that is empty until SIGTERM or SIGINT arrives: the times at which they did.
 
-    A second signal, a second later or more, ends the process at once. (Launchers may pass one Ctrl-C on twice.)
+    A second signal ends the process at once, if it comes a second later: launchers may pass one on twice.
     """
     asked = []
 
