@@ -13,7 +13,6 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import in_full
 from PIL import Image
 from tokenizers import Tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +21,7 @@ import data
 import model
 from evals import analyses
 from evals.analyses import Guided, Question
+from helpers import in_full
 from lean import VisualAttention
 from qwen import Qwen, QwenConfig, rope_angles, rotate
 from support.errors import BadInput

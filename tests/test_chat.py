@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import in_full
 from PIL import Image
 from test_model import PICTURE, tiny, tiny_tokenizer
 from tokenizers import Tokenizer
@@ -28,6 +27,7 @@ import model
 from data import IMAGE_TOKEN
 from evals import chat
 from evals.chat import Conversation
+from helpers import in_full
 from support import layouts
 from support.errors import BadInput
 from support.world import make_world

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import in_full
 from PIL import Image
 
 import data
 import eval as evaluation
 import model
 from evals import answers, benchmarks, pictures, scorers
+from helpers import in_full
 from support.errors import BadInput
 from support.world import COMPOSITION, RECOGNITION, TINY, make_world, tiny_items
 from tiny.__main__ import main as tiny

@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import in_full
 from test_distill import mask
 from test_qwen import CLOSE, IDS, LEFT, RIGHT, Calls, gradients, tiny
 
@@ -20,6 +19,7 @@ import lean
 import model
 import train
 from distill import DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
+from helpers import in_full
 from lean import VisualAttention, answer_losses, span
 from support.world import TINY, make_world
 

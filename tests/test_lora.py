@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import config
 from torch import nn
 
 import model
+from helpers import config
 from support.world import TINY
 from training import lora, models
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_full
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import data
 import model
 from data import IMAGE_TOKEN
+from helpers import in_full
 from model import VLM
 from qwen import QwenConfig
 from siglip import SiglipConfig

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_full
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
+from helpers import in_full
 from qwen import Cache, Qwen, QwenConfig, explicit_attention, rope_angles, rotate
 from support import layouts
 from support.errors import BadInput

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import config
 from safetensors.torch import load_file
 
 import model
 import train
+from helpers import config
 from support.errors import BadInput
 from support.world import TINY, make_world
 from training import recipes, resume
