@@ -265,7 +265,7 @@ def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_loss_that_is_divided_by_something_else_stops_the_run(one_rank, world, tmp_path, ranks):
-    """A distance that gives a value a row, but says that it counts samples: both numbers, on the first step."""
+    """A distance with a value a row that says that it counts samples: both numbers, on the first step."""
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
         "distill.DISTANCES['cosine'] = distill.DISTANCES['cosine-rows']._replace(counts='samples')\n"
