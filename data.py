@@ -70,8 +70,9 @@ def encode(
 def cut(
     ids: list[int], labels: list[int], num_image_tokens: int, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """At most max_length of ids and labels: the end goes. A picture is never cut in two: where it would be,
-    all of it goes, too.
+    """At most max_length of ids and labels: the end goes.
+
+    A picture is never cut in two: where it would be, all of it goes, too.
     """
     first = ids.index(IMAGE_TOKEN) if IMAGE_TOKEN in ids else len(ids)
     end = first if first < max_length < first + num_image_tokens else max_length
@@ -137,8 +138,10 @@ PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 
 
 def open_picture(picture: Image.Image | str | Path) -> Image.Image:
-    """A picture, from its file or opened already, as RGB: turned upright as EXIF says, the first frame of
-    several, over white where it is transparent, 16-bit grey as its upper 8 bits.
+    """A picture, from its file or opened already, as RGB.
+
+    Turned upright as EXIF says, the first frame of several, over white where it is transparent, 16-bit grey
+    as its upper 8 bits.
 
     BadInput: no picture, a damaged one, or one of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels,
     which Pillow refuses before it decodes any.
@@ -155,6 +158,7 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """What open_picture says, of a picture that is open."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey: convert would make white of all above 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -215,6 +219,7 @@ def collate(samples: list[dict]) -> dict:
 
 
 def to_device(batch: dict, device: torch.device | str) -> dict:
+    """The batch with its tensors on the device."""
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for name, value in batch.items()
@@ -286,6 +291,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 
     def sample(self, record: dict) -> dict:
+        """One record -> {"input_ids", "labels", "pixel_values"}, the last unless its picture is cut off."""
         turns, image = record.get("conversations"), record.get("image")
         ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
         if (IMAGE_TOKEN in ids) != bool(image):

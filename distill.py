@@ -239,8 +239,10 @@ DISTANCES = {  # --vat-loss
 
 
 class Term(NamedTuple):
-    """One loss, not yet divided. A mean of means is a different gradient when the counts vary, so sums and
-    counts are added over micro-batches and ranks, and divided once.
+    """One loss, not yet divided.
+
+    Sums and counts are added over micro-batches and ranks, and divided once: a mean of means is a different
+    gradient when the counts vary.
     """
 
     sum: Tensor

@@ -124,12 +124,14 @@ class VLM(nn.Module):
         return [*before, start, *asked, end, *newline, start, *encode("assistant\n")]
 
     def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer, or one sentence where the checkpoint had none."""
         if self.tokenizer is None:
             raise BadInput("there is no tokenizer.json; copy that of its language model beside config.json")
         return self.tokenizer
 
     @property
     def num_image_tokens(self) -> int:
+        """P, the visual tokens of a picture."""
         return self.config.vision.num_patches - self.config.drop_first_patch
 
     @property
@@ -309,7 +311,7 @@ def load_lm(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, de
 def load_vision(
     path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> Siglip:
-    """A plain SigLIP checkpoint: a whole SiglipModel, or a vision model with or without `vision_model.`"""
+    """A plain SigLIP checkpoint: a whole SiglipModel, or a vision model with or without that prefix."""
     folder = find(path_or_hub_name)
     config = layouts.siglip_config(read_json(folder / "config.json"), folder / "config.json")
     with torch.device("meta"):

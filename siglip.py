@@ -35,6 +35,7 @@ class SiglipConfig:
 
     @property
     def num_patches(self) -> int:
+        """P = (S // patch_size)^2."""
         return (self.image_size // self.patch_size) ** 2
 
 

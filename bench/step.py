@@ -220,7 +220,7 @@ def our_step(module: train.Step, batch: dict, optimizer: torch.optim.Optimizer):
 
 
 def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    """-> the gradient norm."""
+    """Backward, clipping, AdamW -> the gradient norm."""
     loss.backward()
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
     optimizer.step()

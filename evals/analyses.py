@@ -100,6 +100,7 @@ def benchmark_questions(
 
 
 def first_of_each_kind(questions: list[Question], limit: int | None) -> list[Question]:
+    """At most `limit` questions of each kind, the first ones."""
     kinds = dict.fromkeys(question.kind for question in questions)
     return [q for kind in kinds for q in [q for q in questions if q.kind == kind][:limit]]
 
@@ -108,8 +109,10 @@ def first_of_each_kind(questions: list[Question], limit: int | None) -> list[Que
 
 
 def matched(student_layers: int, teacher_layers: int) -> list[list[int]]:
-    """For each student layer the teacher layers that it is compared with, as their mean: in the understanding
-    layers its group (distill.match_layers), elsewhere the one layer at the same relative depth.
+    """For each student layer the teacher layers that it is compared with, as their mean.
+
+    In the understanding layers its group (distill.match_layers), elsewhere the one layer at the same relative
+    depth.
     """
     layers = [[int((i + 0.5) / student_layers * teacher_layers)] for i in range(student_layers)]
     ours = distill.understanding_layers(student_layers)
@@ -314,9 +317,7 @@ def resamples(questions: list[Question]) -> np.ndarray:
 
 
 def estimate(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
-    """The mean of values (n,) and its 95 % interval: percentiles of the means of those resamples that drew
-    any of them.
-    """
+    """The mean of values (n,) and its 95 % interval, from the resamples that drew any of them."""
     values, number = values.astype(float), drawn.sum(1)
     means = (drawn @ values)[number > 0] / number[number > 0]
     value, (low, high) = float(values.mean()), np.percentile(means, [2.5, 97.5]).tolist()
@@ -356,8 +357,10 @@ def by_kind(kinds: list[str]) -> list[np.ndarray]:
 
 
 def grouped(values: np.ndarray, strata: list[np.ndarray]) -> np.ndarray:
-    """(n,) -> (n,) group 0 (least) to GROUPS - 1, of equal size within each stratum, so that every group has
-    the same mix of kinds: an easy kind with high similarity would else look like an effect of similarity.
+    """Values (n,) -> their groups (n,), 0 (least) to GROUPS - 1, of equal size within each stratum.
+
+    So every group has the same mix of kinds: an easy kind with high similarity would else look like an effect
+    of similarity.
     """
     group = np.zeros(len(values), dtype=int)
     for some in strata:
@@ -402,6 +405,7 @@ def similarity_rows(observed: dict, questions: dict, teacher_layers: int) -> lis
 
 
 def measured(name: str, values: np.ndarray, drawn: np.ndarray) -> dict:
+    """The columns of a mean: its name, its interval, of how many."""
     return dict(zip((name, "low", "high"), estimate(values, drawn)), n=len(values))
 
 
@@ -412,8 +416,10 @@ def understanding_cosine(seen: Observed, tokens: str = "image") -> np.ndarray:
 
 
 def group_rows(observed: dict, questions: dict) -> tuple[list[dict], list[dict]]:
-    """Analysis 3 -> groups by similarity over image tokens in the understanding layers, with the mean
-    probability of the right answer; and Spearman's rho of the two, over all items and within kinds.
+    """Analysis 3: items in groups by similarity, and the correlation of similarity and right answers.
+
+    Similarity is that over image tokens in the understanding layers; each group has the mean probability of
+    the right answer; Spearman's rho of the two is over all items and within kinds.
     """
     groups, correlations = [], []
     for items, models in observed.items():
@@ -523,8 +529,9 @@ def analyse(
     folder: Path,
     size: int = 128,
 ) -> Study:
-    """Run the analyses of `which` and write their numbers and figures. models: the teacher first, by name
-    "teacher", then its students; size: questions computed at once.
+    """Run the analyses of `which` and write their numbers and figures.
+
+    models: the teacher first, by name "teacher", then its students; size: questions computed at once.
     """
     if "intervention" in which and "compositional" not in questions:
         raise BadInput("the intervention is scored on caption pairs; give some with --sugarcrepe")

@@ -220,7 +220,7 @@ def summary_file(args: argparse.Namespace, file: Path) -> Path:
 
 
 def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict], Path, Path]:
-    """-> the summary, the lines that it is about, their file, and where the summary goes."""
+    """Let the model answer -> the summary, the lines that it is about, their file, where the summary goes."""
     read = benchmarks.read_pairs if args.scorer in PAIR_SCORERS else benchmarks.read
     everything = read(args.name, args.annotations, args.images, args.as_released)
     if args.scorer not in PAIR_SCORERS:

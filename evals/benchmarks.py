@@ -121,6 +121,7 @@ def read_pairs(
 
 
 def benchmark(name: str) -> "Benchmark":
+    """The entry of this name, or one sentence."""
     if name not in BENCHMARKS:
         raise BadInput(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -179,9 +180,11 @@ def score(name: str, items: list[Item], answers: dict[str, str], as_released: bo
 
 
 def score_pairs(name: str, pairs: list[Pair], scores: dict[str, Sequence[float]]) -> Summary:
-    """{key: one score per caption, in their order} -> table. A pair is right if the true caption has more
-    than every other; ties are wrong. Of a square, the four single comparisons are BiVLC's ("T0 to I": caption
-    0 has more with picture 0 than with picture 1); I2T is Winoground's text score, T2I its image score.
+    """{key: one score per caption, in their order} -> table.
+
+    A pair is right if the true caption has more than every other; ties are wrong. Of a square, the four
+    single comparisons are BiVLC's ("T0 to I": caption 0 has more with picture 0 than with picture 1); I2T is
+    Winoground's text score, T2I its image score.
     """
     rows: dict[str, Row] = {}
     for pair in pairs:

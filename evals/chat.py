@@ -114,8 +114,9 @@ class Conversation:
 
 
 def beginning(cache: Cache, tokens: int) -> tuple[Cache, int]:
-    """The first `tokens` of a cache, or as many as all layers hold, and how many that is: an answer's last
-    token has not been read, and Ctrl-C may come between two layers.
+    """The first `tokens` of a cache, or as many as all layers hold, and how many that is.
+
+    An answer's last token has not been read, and Ctrl-C may come between two layers.
     """
     tokens = min([tokens, *(layer[0].shape[2] if layer else 0 for layer in cache.layers)])
     part = Cache(len(cache.layers))
@@ -126,6 +127,7 @@ def beginning(cache: Cache, tokens: int) -> tuple[Cache, int]:
 
 
 def say(pieces: Iterator[str]) -> None:
+    """Print the pieces of an answer as they come."""
     for piece in pieces:
         print(piece, end="", flush=True)
     print()

@@ -115,6 +115,7 @@ def normalise_official(text: str) -> str:
 
 
 def plain(text: str) -> str:
+    """On one line, without white space at its ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
@@ -228,6 +229,7 @@ def gather(items: list[Item], answers: dict[str, str]) -> dict[str, Row]:
 
 
 def table(rows: dict[str, Row], cells: Callable[[list], dict[str, Estimate]]) -> list[dict]:
+    """The rows of a table, with `cells` of the complete units of each."""
     return [
         {"": name, "n": len(row.units), **(cells(row.units) if row.units else {}), "missing": row.missing}
         for name, row in rows.items()
@@ -244,8 +246,9 @@ def squares(hits: Iterable[tuple[str, bool]]) -> dict[str, list[bool]]:
 
 
 def score_choice(items: list[Item], answers: dict[str, str], pick: Callable, average: bool) -> list[dict]:
-    """Written choices: the truth under each letter, mean over the letters; I2T: both pictures of a square
-    right in all orders.
+    """Written choices: the truth under each letter, mean over the letters.
+
+    I2T: both pictures of a square right in all orders.
     """
 
     def right(unit: list) -> list[bool]:
@@ -285,6 +288,8 @@ def score_soft(items: list[Item], answers: dict[str, str], constant: str | None 
 
 
 def score_gqa(items: list[Item], answers: dict[str, str]) -> list[dict]:
+    """Exact match, but for case and a full stop at the end."""
+
     def cells(units: list) -> dict[str, Estimate]:
         hits = [reply.strip().rstrip(".").lower() == truth.label for unit in units for truth, reply in unit]
         return {"accuracy": share(sum(hits), len(hits))}
@@ -310,6 +315,7 @@ def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
 
 
 def rate(counts: np.ndarray, part: list[int], whole: list[int], eps: float) -> np.ndarray:
+    """Some of the six counts (...,6) as a share of others -> (...,)."""
     return counts[..., part].sum(-1) / np.maximum(counts[..., whole].sum(-1) + eps, 1e-12)
 
 
@@ -320,6 +326,7 @@ def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
 
 
 def yes_no(cases: np.ndarray, eps: float = 0.0) -> dict[str, Estimate]:
+    """All rates of yes/no replies, with intervals: cases (replies,6)."""
     counts = cases.sum(0)
 
     def shares(rates: dict) -> dict[str, Estimate]:

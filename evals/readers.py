@@ -80,8 +80,9 @@ def load(file: Path, kind: type) -> Any:
 
 
 def load_lines(file: Path, remedy: str = "", may_be_cut: bool = False) -> Iterator[tuple[str, dict]]:
-    """The objects of a file of JSON lines, each with file and number to name it by; may_be_cut: a last line
-    without its end, which a killed run leaves, is dropped.
+    """The objects of a file of JSON lines, each with file and number to name it by.
+
+    may_be_cut: a last line without its end, which a killed run leaves, is dropped.
     """
     try:
         with open(file, "rb") as handle:

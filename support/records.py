@@ -58,6 +58,7 @@ class Records:
         return len(self.offset)
 
     def file_of(self, i: int) -> Path:
+        """In which file record i lies."""
         return self.files[bisect_right(self.ends, i)]
 
     def __getitem__(self, i: int) -> dict:
@@ -81,6 +82,7 @@ def stamp(state: os.stat_result) -> tuple[int, int]:
 
 
 def count_characters(record: dict) -> int:
+    """Of all turns, where they are what they should be."""
     turns = record.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     values = [turn.get("value") for turn in turns]

@@ -38,9 +38,10 @@ Scene = dict[Kind, tuple[int, int]]  # each thing in the picture -> its cell (co
 
 
 def random_scene(rng: random.Random, split: str) -> Scene:
-    """Two or three different objects in different cells. Every scene belongs to exactly one split, by a
-    checksum of what is where, and a picture is a function of its scene: train and test pictures can never
-    coincide.
+    """Two or three different objects in different cells.
+
+    Every scene belongs to exactly one split, by a checksum of what is where, and a picture is a function of
+    its scene: train and test pictures can never coincide.
     """
     while True:
         kinds = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], rng.choice((2, 3)))
@@ -149,6 +150,7 @@ def caption_pair(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]
 
 
 def caption_question(caption: str) -> str:
+    """How a model is asked whether a caption is true."""
     return f"True? {caption}"
 
 
@@ -179,14 +181,17 @@ DESCRIBE = "Describe the picture."
 
 
 def describe(scene: Scene) -> str:
+    """The caption of a whole picture."""
     return " and ".join(f"a {' '.join(kind)} at {cell_name(cell)}" for kind, cell in scene.items())
 
 
 def make_world(
     folder: Path, seed: int = 0, tune: int = 8000, pretrain: int = 2000, per_kind: int = 640
 ) -> Path:
-    """Write the tiny world, unless it is there: pretrain.json (captions) and tune.json (conversations) in
-    LLaVA's form, test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png. -> folder
+    """Write the tiny world, unless it is there -> its folder.
+
+    pretrain.json (captions) and tune.json (conversations) in LLaVA's form, test/recognition.json,
+    test/<kind>.json in SugarCrepe's form, and images/*.png.
     """
     if (folder / "world.json").exists():
         return folder
@@ -285,7 +290,7 @@ def text_sample(rng: random.Random, tokenizer: Tokenizer) -> dict:
 
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
-    """-> two dicts by kind: of [(picture, question, answer)] and of [(picture, true caption, negative)]."""
+    """The test: by kind [(picture, question, answer)], and by kind [(picture, true caption, negative)]."""
     recognition = {kind: [] for kind in RECOGNITION}
     for item in Records([world / "test" / "recognition.json"]):
         recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))

@@ -73,6 +73,7 @@ def make_tiny(args: argparse.Namespace) -> None:
 
 
 def make_vision(folder: Path, seed: int) -> None:
+    """The vision encoder, as a plain SigLIP checkpoint."""
     vision = Siglip(VISION)
     pretrain_vision(vision, seed)
     tensors = {f"vision_model.{name}": tensor for name, tensor in vision.state_dict().items()}
@@ -80,6 +81,7 @@ def make_vision(folder: Path, seed: int) -> None:
 
 
 def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
+    """A language model of the size that the folder's name has, as a plain Qwen checkpoint."""
     size = SIZES[folder.name]
     config = QwenConfig(
         vocab_size=tokenizer.get_vocab_size(),
@@ -96,6 +98,7 @@ def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def make_teacher(out: Path, made: dict) -> None:
+    """Stages 0a and 0b, as train.py runs them."""
     flags = ["--stage", "0", "--out", out, "--name", "stages", "--seed", made["seed"]]
     flags += ["--student", out / "teacher-lm", "--vision", out / "vision"]
     flags += ["--steps", made["steps"]] if made["steps"] else []

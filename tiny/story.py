@@ -66,13 +66,12 @@ def link_verdict(claims: list[Claim]) -> str:
 
 
 def present(names: tuple[str, ...], study: Study) -> list[str]:
+    """Those of the students that the study has."""
     return [name for name in names if name in study.observed["compositional"]]
 
 
 def misaligned(study: Study) -> list[Claim]:
-    """Link 1: students that were not trained to look where the teacher looks share its view of the text more
-    than its view of the picture.
-    """
+    """Link 1: students that were not trained for it share the teacher's view of text more than of image."""
     claims, drawn = [], resamples(study.questions["compositional"])
     for name in present(PLAIN, study):
         seen = study.observed["compositional"][name]
@@ -135,6 +134,7 @@ LINKS = {
 
 
 def spread(value: float, low: float, high: float, digits: int = 1) -> str:
+    """A value and its interval."""
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -151,8 +151,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | None:
-    """Fill module and optimizer from the save that `latest` names, or where that one is damaged from the
-    newest whole one -> its state, or None where there is none.
+    """Fill module and optimizer from the newest whole save -> its state, or None where there is none.
+
+    That is the one that `latest` names, unless it is damaged.
     """
     latest = newest(run)
     names = sorted((folder.name for folder in run.glob("step-*")), reverse=True)
@@ -182,9 +183,7 @@ def remove_saves(run: Path) -> None:
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the CPU of rank 0 (empty on the others), sharded tensors put together. All ranks
-    call.
-    """
+    """The state dict on the CPU of rank 0, shards put together; empty on the others. All ranks call."""
     whole = {}
     for name, tensor in module.state_dict().items():
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
