@@ -119,7 +119,7 @@ def pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool
             yield IMAGE_MARK, False
         yield conversations[1]["value"].strip() + "\n", True
         return
-    before = SYSTEM
+    before = SYSTEM  # stands once, before the first turn
     for human, gpt in zip(conversations[::2], conversations[1::2]):
         question = human["value"].replace(IMAGE_MARK, "").strip()
         if IMAGE_MARK in human["value"]:
@@ -191,7 +191,7 @@ def collate(samples: list[dict]) -> dict:
         input_ids[row, :length] = torch.as_tensor(sample["input_ids"])
         labels[row, :length] = torch.as_tensor(sample["labels"])
         attention_mask[row, :length] = True
-    placeholder = input_ids == IMAGE_TOKEN
+    placeholder = input_ids == IMAGE_TOKEN  # (B,T)
     pictures = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
     has_image = placeholder.any(1)
     for sample, marked in zip(samples, has_image.tolist()):
@@ -199,13 +199,13 @@ def collate(samples: list[dict]) -> dict:
             raise BadInput(
                 f"sample {sample.get('id', '?')}: {IMAGE_MARK} in its text and a picture go together"
             )
-    P = max(int(placeholder.sum(1).max()), 1)
+    P = max(int(placeholder.sum(1).max()), 1)  # a batch of texts alone has one column, which nobody reads
     if bool((placeholder.sum(1)[has_image] != P).any()):
         raise BadInput(
             "the pictures of a batch have different numbers of visual tokens; encode all for one model"
         )
     visual_columns = torch.zeros(B, P, dtype=torch.long)
-    visual_columns[has_image] = placeholder.nonzero()[:, 1].view(-1, P)
+    visual_columns[has_image] = placeholder.nonzero()[:, 1].view(-1, P)  # row by row, from left to right
     return {
         "input_ids": input_ids,
         "labels": labels,

@@ -56,7 +56,7 @@ class VLM(nn.Module):
         self.template = "chat"  # how a question is put to it: one of layouts.TEMPLATES
         self.vision = Siglip(c.vision)
         self.adapter = Adapter(c.vision.hidden_size, c.taf_width or c.text.hidden_size)
-        if c.taf_width:
+        if c.taf_width:  # what was made is P_t, the teacher's; P_s comes after it
             self.adapter = TeacherAdapterFetch(self.adapter, c.taf_width, c.text.hidden_size, c.taf_gelu)
         self.lm = Qwen(c.text)
 
@@ -73,7 +73,7 @@ class VLM(nn.Module):
         # the teacher's image_token_index may be a word of this vocabulary
         parts = dict(vision=vision.config, text=lm.config, image_token_index=IMAGE_TOKEN)
         config = replace(base, **parts, taf_width=width, taf_gelu=False)
-        with torch.device("meta"):
+        with torch.device("meta"):  # no memory for weights that the next lines replace
             vlm = cls(config, tokenizer)
         vlm.vision, vlm.lm = vision, lm
         if taf:
@@ -108,8 +108,9 @@ class VLM(nn.Module):
         if data.IMAGE_MARK in question:
             raise BadInput(f"{data.IMAGE_MARK} stands in a question; say it without, the picture goes before")
         tokenizer, P, question = self.require_tokenizer(), self.num_image_tokens, question.strip()
-        if self.template == "chat":
+        if self.template == "chat":  # the one we train in: data.encode_prompt writes it
             turn = {"from": "human", "value": f"{data.IMAGE_MARK}\n{question}" if picture else question}
+            # a later turn follows an empty one, of which only its end of text is kept
             before = [] if first else [{"from": "human", "value": ""}, {"from": "gpt", "value": ""}]
             ids = data.encode_prompt([*before, turn], tokenizer, P)
             return ids if first else ids[ids.index(self.special(data.END_OF_TEXT)) :]
@@ -147,6 +148,7 @@ class VLM(nn.Module):
         if pixel_values is None:
             return weight.new_zeros(0, self.num_image_tokens, self.config.vision.hidden_size)
         z = self.vision(pixel_values.to(weight.dtype), layer=self.config.vision_layer).features
+        # released checkpoints lose a patch: their code was made for encoders with a CLS token
         return z[:, 1:] if self.config.drop_first_patch else z
 
     def forward(
@@ -182,8 +184,10 @@ class VLM(nn.Module):
                 f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual "
                 f"tokens each were given, and this model has {self.num_image_tokens} a picture"
             )
-        embeds = self.lm.model.embed_tokens(input_ids.masked_fill(placeholder, 0))
-        if visual_tokens is not None:
+        embeds = self.lm.model.embed_tokens(
+            input_ids.masked_fill(placeholder, 0)
+        )  # any id: overwritten below
+        if visual_tokens is not None:  # in the order of the rows, as the pictures come
             embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens.to(embeds.dtype))
         return embeds
 
@@ -218,12 +222,12 @@ class VLM(nn.Module):
             logits = finite(self.lm.head(out.hidden[rows, last]).float())  # (B,V), at one position a row
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
-                token = torch.where(done, stops[0], token)
+                token = torch.where(done, stops[0], token)  # rows that have ended are filled up
                 done = done | torch.isin(token, stops)
             yield token
             if bool(done.all()):
                 break
-            embeds = self.lm.model.embed_tokens(token[:, None])
+            embeds = self.lm.model.embed_tokens(token[:, None])  # the cache holds all before
             mask, last = torch.ones_like(token[:, None], dtype=torch.bool), torch.zeros_like(token)
 
     def generate(self, input_ids: Tensor, *args, **kwargs) -> Tensor:

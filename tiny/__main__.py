@@ -1,9 +1,11 @@
 """The tiny world on one command: four students trained and scored in minutes, on a laptop.
 
-python -m tiny                                   # the main job: train, score, a table and a picture
-python -m tiny score --model tiny/compodistill   # scores of a checkpoint, and similarity to the teacher
-python -m tiny story                             # does the paper's argument hold? analyses and a report
-python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
+    python -m tiny                                   # the main job: train, score, a table and a picture
+    python -m tiny score --model tiny/compodistill   # scores of a checkpoint, and similarity to the teacher
+    python -m tiny story                             # does the paper's argument hold? analyses and a report
+    python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
+
+A command that was stopped goes on when it is given again.
 """
 
 import argparse

@@ -19,7 +19,7 @@ class LoRALinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        self.weight, self.bias = linear.weight, linear.bias  # the same tensors, no copy
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
@@ -34,7 +34,7 @@ class LoRALinear(nn.Linear):
 def add_lora(layers: nn.Module, rank: int, alpha: float, dropout: float) -> None:
     """Freeze `layers` and put a LoRALinear in the place of every linear map in it."""
     layers.requires_grad_(False)
-    for module in list(layers.modules()):
+    for module in list(layers.modules()):  # a list, since modules are exchanged on the way
         for name, child in module.named_children():
             if type(child) is nn.Linear:
                 setattr(module, name, LoRALinear(child, rank, alpha, dropout))

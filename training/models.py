@@ -38,7 +38,7 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         if c.method.taf:
             student.adapter.teacher = teacher.adapter
     choose_trained(student, c)
-    for parameter in student.parameters():
+    for parameter in student.parameters():  # what is frozen may be held in bfloat16: it is only read
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(frozen)
     student.lm.checkpointing = c.gradient_checkpointing

@@ -40,7 +40,7 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
             continue
         for layer in vlm.lm.model.layers:
             fully_shard(layer, mp_policy=policy)
-        layers = set(vlm.lm.model.layers.parameters())
+        layers = set(vlm.lm.model.layers.parameters())  # sharded already, a layer each
         whole = {p for p in root.parameters() if not p.requires_grad and p not in layers}
         fully_shard(root, mp_policy=policy, ignored_params=whole)
     return step

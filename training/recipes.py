@@ -231,7 +231,10 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add = parser.add_argument_group(
         "method: one flag per row of the paper's ablation tables (default: the method's own)"
     ).add_argument
-    add("--method", choices=list(METHODS), default="compodistill", help="(default: %(default)s)")
+    add("--method", choices=list(METHODS), default="compodistill",
+        help="sft: supervised fine-tuning alone; kd: vanilla knowledge distillation; compodistill: the "
+        "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it "
+        "(default: %(default)s)")
     add("--taf", action=argparse.BooleanOptionalAction, help="TAF: fetch the teacher's adapter")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
     add("--vat-loss", choices=["none", *DISTANCES], help="VAT: the distance of attention maps, in stage 2")
