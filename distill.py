@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qwen import Output
 
 IGNORE = -100  # the label of a token that is not supervised
-EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probability
+EPS = 1e-8  # the least norm in a cosine; added to the probabilities in the KL of rows
 
 # ---------------------------------------------------------------- TAF: the teacher's adapter, fetched
 
@@ -33,6 +33,7 @@ EPS = 1e-8  # least length in a cosine; in the row-by-row KL beside every probab
 class TeacherAdapterFetch(nn.Module):
     """x_v = P_s(P_t(z)): the teacher's frozen adapter P_t, then one trainable linear map P_s (paper, TAF).
 
+    z are the vision encoder's features of the pictures, x_v the visual tokens that the student reads:
     z (B,P,C_vision) -> P_t -> (B,P,C_t) -> P_s -> (B,P,C_s). With `gelu` there is a GELU before P_s, as in
     the released 0.5B student.
     """
@@ -57,12 +58,14 @@ class TeacherAdapterFetch(nn.Module):
 # ---------------------------------------------------------------- VAT: which layers, and who matches whom
 
 
-def understanding_layers(num_layers: int, low: float = 0.3, high: float = 0.7) -> list[int]:
+SHARES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}  # of depth
+
+
+def understanding_layers(num_layers: int, which: str = "intermediate") -> list[int]:
     """The layers i with low * L <= i < high * L, counted from 0: of 24 layers 8..16, of 40 layers 12..27."""
+    low, high = SHARES[which]
     return [i for i in range(num_layers) if low <= i / num_layers < high]
 
-
-SHARES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}  # of depth
 
 # The released code's fixed lists: language model layers -> (layers as a student, layers as a teacher).
 RELEASED_LAYERS = {
@@ -81,10 +84,25 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
                 f"the released code has no list for {num_layers} layers, only for {list(RELEASED_LAYERS)}; "
                 "give --layers intermediate"
             )
-        return list(RELEASED_LAYERS[num_layers][teacher])
+        as_student, as_teacher = RELEASED_LAYERS[num_layers]
+        return list(as_teacher if teacher else as_student)
     if which not in SHARES:
         raise ValueError(f"layers {which!r} are not known; choose released or one of {', '.join(SHARES)}")
-    return understanding_layers(num_layers, *SHARES[which])
+    return understanding_layers(num_layers, which)
+
+
+def aligned_layers(method: "Method", student_depth: int, teacher_depth: int) -> tuple[list[int], list[int]]:
+    """The student's and the teacher's layers that a method compares, from their numbers of layers.
+
+    ValueError: layers that are not known, or that cannot be matched.
+    """
+    student_layers = choose_layers(method.layers, student_depth, teacher=False)
+    teacher_layers = choose_layers(method.layers, teacher_depth, teacher=True)
+    match_layers(student_layers, teacher_layers)
+    return student_layers, teacher_layers
+
+
+MATCHINGS = ("group", "simple", "adaptive")
 
 
 def match_layers(student_layers: list[int], teacher_layers: list[int], how: str = "group") -> list[list[int]]:
@@ -113,13 +131,13 @@ def adaptive_match(
 ) -> list[list[int]]:
     """Ablation: for each student layer the one teacher layer with the most similar map, anew for every batch.
 
-    {layer: (B,T,P)} each, rows (B,T). The paper's exact rule is not public. Ours: the highest cosine of the
-    flattened maps, averaged over the batch; no gradient through the choice, and two student layers may choose
-    the same teacher layer. So it depends on how a global batch is cut into micro-batches and ranks, unlike
-    everything else here.
+    So it depends on how a global batch is cut into micro-batches and ranks, unlike everything else here. The
+    paper's exact rule is not public. Ours: the highest cosine of the flattened maps, averaged over the batch;
+    no gradient through the choice; two student layers may choose the same teacher layer. {layer: (B,T,P)}
+    each, rows (B,T).
     """
-    student = torch.stack([only(rows, maps).flatten(1) for maps in student_maps.values()])  # (k,B,T*P)
-    teacher = torch.stack([only(rows, maps).flatten(1) for maps in teacher_maps.values()])  # (m,B,T*P)
+    student = torch.stack([keep_rows(maps, rows).flatten(1) for maps in student_maps.values()])  # (k,B,T*P)
+    teacher = torch.stack([keep_rows(maps, rows).flatten(1) for maps in teacher_maps.values()])  # (m,B,T*P)
     similarity = torch.einsum("kbx,mbx->km", F.normalize(student, dim=-1), F.normalize(teacher, dim=-1))
     layers = list(teacher_maps)
     return [[layers[best]] for best in similarity.argmax(1).tolist()]
@@ -127,7 +145,13 @@ def adaptive_match(
 
 def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list[Tensor]:
     """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P)."""
-    return [sum(teacher_maps[layer] for layer in group) / len(group) for group in groups]
+    means = []
+    for first, *others in groups:
+        mean = teacher_maps[first] / (1 + len(others))
+        for layer in others:  # in place: a new map for each would cost more than the attention that made it
+            mean.add_(teacher_maps[layer], alpha=1 / (1 + len(others)))
+        means.append(mean)
+    return means
 
 
 def matched_targets(
@@ -148,11 +172,16 @@ def visual_map(attention: Tensor, columns: Tensor) -> Tensor:
     return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
 
 
+ROWS = ("all", "image", "text")
+
+
 def query_rows(batch: dict, which: str) -> Tensor:
     """The queries that are aligned, as a (B,T) mask: `all` (paper), `image`, or `text` (all after the image).
 
-    Never padding, nor a sample without a picture; and before the image causality leaves no visual mass.
+    Never padding, nor a sample without a picture; and before the image causality leaves no attention on it.
     """
+    if which not in ROWS:
+        raise ValueError(f"rows {which!r} are not known; choose one of {', '.join(ROWS)}")
     columns = batch["visual_columns"]  # (B,P)
     first, last = columns[:, :1], columns[:, -1:]
     position = torch.arange(batch["attention_mask"].shape[1], device=columns.device)  # (T,)
@@ -164,8 +193,10 @@ def query_rows(batch: dict, which: str) -> Tensor:
     return rows & batch["attention_mask"] & batch["has_image"][:, None]
 
 
-def only(rows: Tensor, maps: Tensor) -> Tensor:
+def keep_rows(maps: Tensor, rows: Tensor) -> Tensor:
     """maps (B,T,P) in float32, 0 outside the rows (B,T). Filled, not multiplied: NaN in padding stays out."""
+    if maps.shape[:-1] != rows.shape:
+        raise ValueError(f"maps of shape {tuple(maps.shape)} do not fit rows (B,T) of {tuple(rows.shape)}")
     return maps.float().masked_fill(~rows[..., None], 0)
 
 
@@ -179,7 +210,7 @@ def cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """1 - cos of each row of P -> (B,T). Ours: in one matrix rows with much visual mass outweigh the rest."""
+    """1 - cos of each row of P -> (B,T). Ours: in one matrix the rows that look at it most outweigh all."""
     return 1 - cosine(student, target)
 
 
@@ -254,18 +285,24 @@ def visual_attention_loss(
 ) -> Term:
     """L_ADL = 1 - (1/k) sum_j cos(mean_{l in G_j} A^t_l, A^s_j) (paper, Eq. 2), or with another distance.
 
-    student_maps, targets: k of (B,T,P) each. rows (B,T): the queries that take part.
+    student_maps, targets: k of (B,T,P) each. rows (B,T): the queries that take part. The sum is over samples
+    or rows, whichever the distance has a value for; the mean over the k layers is in it.
     """
     if distance not in DISTANCES:
         raise ValueError(f"attention loss {distance!r} is not known; choose one of {', '.join(DISTANCES)}")
-    total = torch.zeros((), device=rows.device)
-    counted, pairs = rows, list(zip(student_maps, targets))
-    for student, target in pairs:  # one layer at a time
-        values = DISTANCES[distance].function(only(rows, student), only(rows, target.detach()), rows)
-        counted = rows.any(1) if values.dim() == 1 else rows  # (B,) are samples, (B,T) rows
-        total = total + values.masked_fill(~counted, 0).sum()
+    total, k = torch.zeros((), device=rows.device), 0
+    for student, target in zip(student_maps, targets, strict=True):  # one layer at a time
+        student, target = keep_rows(student, rows), keep_rows(target.detach(), rows)
+        values = DISTANCES[distance].function(student, target, rows)
+        if values.shape not in (rows.shape, rows.shape[:1]):
+            raise ValueError(
+                f"distance {distance!r} gave values of shape {tuple(values.shape)}: neither one a sample, "
+                f"{tuple(rows.shape[:1])}, nor one a row, {tuple(rows.shape)}"
+            )
+        counted = rows.any(1) if values.dim() == 1 else rows  # samples with a picture, or rows
+        total, k = total + values.masked_fill(~counted, 0).sum(), k + 1
     if DISTANCES[distance].over_layers == "mean":
-        total = total / len(pairs)
+        total = total / k
     return Term(total, counted.sum())
 
 
@@ -316,19 +353,30 @@ class Method:
     distance: str = "cosine"  # of two attention maps: one of DISTANCES
     rows: str = "all"  # the queries that are compared: all | image | text
     layers: str = "intermediate"  # which are aligned: intermediate | early | later | all | released
-    matching: str = "group"  # of student and teacher layers: group | simple | adaptive
+    matching: str = "group"  # of student and teacher layers: group | simple | adaptive; see MATCHINGS
 
 
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
-SFT = {"1": LM, "2": LM, "3": LM}
-KD = {"1": LM_KL, "2": LM_KL, "3": LM}
-VAT = {"1": LM_KL, "2": LM_KL | {"adl": 1.0}, "3": LM}
+LM_KL_ADL = {"lm": 1.0, "kl": 1.0, "adl": 1.0}
 METHODS = {
-    "sft": Method(SFT, taf=False),  # supervised fine-tuning alone
-    "kd": Method(KD, taf=False),  # vanilla knowledge distillation
-    "compodistill": Method(VAT),  # the paper's; the next one is ours
-    "compodistill-rows": Method(VAT | {"2": LM_KL | {"adl": 3.0}}, distance="cosine-rows", rows="text"),
-    "released": Method(VAT, kl_shifted=False, distance="released", rows="image", layers="released"),
+    # supervised fine-tuning alone
+    "sft": Method({"1": LM, "2": LM, "3": LM}, taf=False),
+    # vanilla knowledge distillation
+    "kd": Method({"1": LM_KL, "2": LM_KL, "3": LM}, taf=False),
+    # the paper's
+    "compodistill": Method({"1": LM_KL, "2": LM_KL_ADL, "3": LM}),
+    # ours: the rows of the text, one by one
+    "compodistill-rows": Method(
+        {"1": LM_KL, "2": LM_KL | {"adl": 3.0}, "3": LM}, distance="cosine-rows", rows="text"
+    ),
+    # as the released code has it
+    "released": Method(
+        {"1": LM_KL, "2": LM_KL_ADL, "3": LM},
+        kl_shifted=False,
+        distance="released",
+        rows="image",
+        layers="released",
+    ),
 }
 
 
@@ -342,11 +390,14 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Term]]:
     """The whole method, from whole logits and whole attention maps -> L, and its terms by name.
 
-    student, teacher: what their forward passes returned: .logits (B,T,V) and .attentions {layer: (B,H,T,T)}
-    of the layers to be aligned. batch: data.collate's. weights: the terms of this stage.
-    totals: by what the sums are divided, `loss_counts` of the global batch (default: of this batch alone).
+    student, teacher: what their forward passes returned: .logits (B,T,V) and, from explicit_attention,
+    .attentions {layer: (B,H,T,T)} of the layers to be aligned. batch: data.collate's. weights: of the terms
+    of this stage. totals: the number that each sum is divided by, `loss_counts` of the global batch (default:
+    the counts of this batch alone).
     """
-    terms = {"lm": lm_loss(student.logits, batch["labels"])}
+    terms = {}
+    if "lm" in weights:
+        terms["lm"] = lm_loss(student.logits, batch["labels"])
     if "kl" in weights:
         terms["kl"] = kl_loss(student.logits, teacher.logits, batch["labels"], method.kl_shifted)
     if "adl" in weights:
@@ -361,12 +412,13 @@ def distillation_loss(
 
 
 def loss_counts(batch: dict, method: Method, weights: Mapping[str, float]) -> dict[str, Tensor]:
-    """By what each term is divided, from the batch alone: known before any forward pass.
+    """The number that each term is divided by, from the batch alone: known before any forward pass.
 
-    On the first step train.py holds them against the counts that the terms came with.
+    On the first step train.py compares them with the counts that the terms came with.
     """
-    labels = batch["labels"]
-    counts = {"lm": (next_tokens(labels) != IGNORE).sum()}
+    labels, counts = batch["labels"], {}
+    if "lm" in weights:
+        counts["lm"] = (next_tokens(labels) != IGNORE).sum()
     if "kl" in weights:
         counts["kl"] = ((next_tokens(labels) if method.kl_shifted else labels) != IGNORE).sum()
     if "adl" in weights:

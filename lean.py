@@ -31,7 +31,7 @@ QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit th
 
 @dataclass(frozen=True)
 class VisualAttention:
-    """An AttentionRequest (qwen.py): torch's fused attention, and beside it the map (B,R,P) of some rows.
+    """An AttentionFunction (qwen.py): torch's fused attention, and beside it the map (B,R,P) of some rows.
 
     distill.visual_map(A, columns)[:, rows], without ever holding A (B,H,T,S).
     """
@@ -54,28 +54,29 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
     parts = [q.new_empty(len(q), 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
     for start in range(rows.start, rows.stop, QUERY_ROWS):
         stop = min(start + QUERY_ROWS, rows.stop)
-        seen = S - q.shape[2] + stop  # no query of these sees a key beyond
-        part_mask = None if mask is None else mask[:, :, start:stop, :seen]
-        inputs = q[:, :, start:stop], k[:, :, :seen], part_mask, columns, S - seen
+        visible = S - q.shape[2] + stop  # keys; no query of these sees one beyond
+        part_mask = None if mask is None else mask[:, :, start:stop, :visible]
+        inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S - visible
         parts.append(checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(parts, 1)
 
 
-def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, unseen: int) -> Tensor:
-    head_mean = F.pad(probabilities(q, k, mask).mean(1), (0, unseen))  # (B,rows,S)
+def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, hidden_keys: int) -> Tensor:
+    """The map of these queries; the keys after those that they see have no attention."""
+    head_mean = F.pad(probabilities(q, k, mask).mean(1), (0, hidden_keys))  # (B,T,S), T of these queries
     return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
 
 
-def span(rows: Tensor) -> slice:
+def shortest_slice(rows: Tensor) -> slice:
     """The shortest slice of T that holds every query of a (B,T) mask: attention is computed there only."""
     used = rows.any(0).nonzero()
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
-def request_rows(batch: dict, which: str) -> tuple[VisualAttention, Tensor]:
-    """The request for the query rows `all`, `image` or `text` of a batch, and which of its R count, (B,R)."""
+def visual_attention_of(batch: dict, which: str) -> tuple[VisualAttention, Tensor]:
+    """What sees the query rows `all`, `image` or `text` of a batch, and which of its R rows count, (B,R)."""
     rows = distill.query_rows(batch, which)
-    some = span(rows)
+    some = shortest_slice(rows)
     return VisualAttention(some, batch["visual_columns"]), rows[:, some]
 
 
@@ -94,26 +95,31 @@ def answer_losses(
 ) -> tuple[Tensor, dict[str, Term]]:
     """distill.lm_loss and kl_loss with at most LOGIT_ROWS rows of logits of a model at a time.
 
-    student, teacher: final hidden states (B,T,C) and output matrix (V,C); no teacher, no L_KL. Returns
-    their weighted sum, divided by the totals, which alone has a gradient, and the terms.
+    student, teacher: final hidden states (B,T,C) and output matrix (V,C). Returns their weighted sum, divided
+    by the totals, which alone has a gradient, and the terms.
     """
     hidden, head = student
+    t_hidden, t_head = teacher or (None, None)
     targets = distill.next_tokens(labels)
-    answers = targets != IGNORE
-    x, y = hidden[answers], targets[answers]  # (n,C), (n,)
-    lm_total = totals["lm"].clamp(min=1)
-    if teacher is None:
-        loss, lm, _ = _AnswerLosses.apply(x, head, y, None, None, weights["lm"], 0.0)
-        return loss / lm_total, {"lm": Term(lm, answers.sum())}
-    t, t_head = teacher
-    if shifted:  # both losses stand at the same positions, and are divided by the same number
-        loss, lm, kl = _AnswerLosses.apply(x, head, y, t[answers], t_head, weights["lm"], weights["kl"])
-        return loss / lm_total, {"lm": Term(lm, answers.sum()), "kl": Term(kl, answers.sum())}
-    at = labels != IGNORE
-    loss_lm, lm, _ = _AnswerLosses.apply(x, head, y, None, None, weights["lm"], 0.0)
-    loss_kl, _, kl = _AnswerLosses.apply(hidden[at], head, labels[at], t[at], t_head, 0.0, weights["kl"])
-    loss = loss_lm / lm_total + loss_kl / totals["kl"].clamp(min=1)
-    return loss, {"lm": Term(lm, answers.sum()), "kl": Term(kl, at.sum())}
+    answers, at = targets != IGNORE, labels != IGNORE  # where answers are predicted, and where they stand
+    lm_weight, kl_weight = weights.get("lm", 0.0), weights.get("kl", 0.0)
+
+    def losses(rows: Tensor, lm_weight: float, kl_weight: float):  # at rows (B,T) -> weighted sum, L_LM, L_KL
+        t = t_hidden[rows] if kl_weight else None
+        return _AnswerLosses.apply(hidden[rows], head, targets[rows], t, t_head, lm_weight, kl_weight)
+
+    if (
+        shifted or not kl_weight
+    ):  # both losses stand at the same positions, and are divided by the same number
+        loss, lm, kl = losses(answers, lm_weight, kl_weight)
+        loss = loss / totals["lm" if lm_weight else "kl"].clamp(min=1)
+        at = answers
+    else:
+        loss_lm, lm, _ = losses(answers, lm_weight, 0.0)
+        loss_kl, _, kl = losses(at, 0.0, kl_weight)
+        loss = loss_lm / totals["lm"].clamp(min=1) + loss_kl / totals["kl"].clamp(min=1)
+    terms = {"lm": Term(lm, answers.sum()), "kl": Term(kl, at.sum())}
+    return loss, {name: term for name, term in terms.items() if name in weights}
 
 
 class _AnswerLosses(torch.autograd.Function):
@@ -163,6 +169,7 @@ def distillation_loss(
     student: Output,
     teacher: Output | None,
     heads: tuple[Tensor, Tensor | None],
+    rows: Tensor | None,
     batch: dict,
     method: Method,
     weights: Mapping[str, float],
@@ -170,14 +177,13 @@ def distillation_loss(
 ) -> tuple[Tensor, dict[str, Term]]:
     """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
 
-    student, teacher: what their forward passes returned, without logits, with the request of `request_rows`
-    in the layers to be aligned. heads: their output matrices (V,C).
+    student, teacher: what their forward passes returned, without logits, with `visual_attention_of` the batch
+    in the layers to be aligned. heads: their output matrices (V,C). rows (B,R): which rows of the maps count.
     """
-    ours = student.hidden, heads[0]
-    theirs = (teacher.hidden, heads[1]) if "kl" in weights else None
-    loss, terms = answer_losses(ours, theirs, batch["labels"], weights, totals, method.kl_shifted)
+    of_teacher = (teacher.hidden, heads[1]) if "kl" in weights else None
+    of_student = student.hidden, heads[0]
+    loss, terms = answer_losses(of_student, of_teacher, batch["labels"], weights, totals, method.kl_shifted)
     if "adl" in weights:
-        _, rows = request_rows(batch, method.rows)  # (B,R), as the maps have them
         targets = distill.matched_targets(student.attentions, teacher.attentions, rows, method.matching)
         adl = distill.visual_attention_loss(student.attentions.values(), targets, rows, method.distance)
         loss, terms["adl"] = loss + weights["adl"] * adl.sum / totals["adl"].clamp(min=1), adl

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import data
 from data import IMAGE_TOKEN
 from distill import TeacherAdapterFetch
-from qwen import AttentionRequest, Cache, Output, Qwen
+from qwen import AttentionFunction, Cache, Output, Qwen
 from siglip import Siglip
 from support import exports, layouts
 from support.checkpoint import find, load_weights, read_json, write_folder
@@ -156,15 +156,15 @@ class VLM(nn.Module):
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        requests: Mapping[int, AttentionRequest] | None = None,
+        attention: Mapping[int, AttentionFunction] | None = None,
         logits: bool = True,
     ) -> Output:
         """input_ids (B,T) with P placeholders per picture, in the order of pixel_values (N,3,S,S) -> Output.
 
-        attention_mask, requests (whose attention to return, and how) and logits are Qwen.forward's.
+        attention_mask, attention (of which layers to return it, and how) and logits are Qwen.forward's.
         """
         embeds = self.embed(input_ids, pixel_values)
-        return self.lm(None, attention_mask, requests, inputs_embeds=embeds, logits=logits)
+        return self.lm(None, attention_mask, attention, inputs_embeds=embeds, logits=logits)
 
     def embed(
         self, input_ids: Tensor, pixel_values: Tensor | None = None, visual_tokens: Tensor | None = None
@@ -184,9 +184,8 @@ class VLM(nn.Module):
                 f"the rows have {per_row.tolist()} image placeholders, but {N} pictures of {P} visual "
                 f"tokens each were given, and this model has {self.num_image_tokens} a picture"
             )
-        embeds = self.lm.model.embed_tokens(
-            input_ids.masked_fill(placeholder, 0)
-        )  # any id: overwritten below
+        words = input_ids.masked_fill(placeholder, 0)  # any id will do: its embedding is overwritten below
+        embeds = self.lm.model.embed_tokens(words)
         if visual_tokens is not None:  # in the order of the rows, as the pictures come
             embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens.to(embeds.dtype))
         return embeds

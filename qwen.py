@@ -1,20 +1,20 @@
 """Qwen1.5 / Qwen2, with Hugging Face's parameter names and explicit attention returns.
 
-    ids (B,T) -> embeddings (B,T,C) -> L pre-norm blocks (attention, SwiGLU) -> RMSNorm -> logits (B,T,V)
+    ids (B,T) -> embeddings (B,T,C) -> L pre-norm blocks (attention, MLP) -> norm -> logits (B,T,V)
 
-q, k and v have a bias, nothing else has; rotary positions; RMSNorm; keys and values may be shared by groups
-of heads; the output head may be tied to the embedding. Left out on purpose: sliding windows
-(use_sliding_window is false in every Qwen1.5 checkpoint; true is an error), rope scaling, mixture of experts,
-dropout.
+q, k and v have a bias, nothing else has; rotary positions; RMSNorm (root mean square norm); SwiGLU (a gated
+MLP); keys and values may be shared by groups of heads; the output head may be tied to the embedding. Left out
+on purpose: sliding windows (use_sliding_window is false in every Qwen1.5 checkpoint; true is an error), rope
+scaling, mixture of experts, dropout.
 
-Every layer attends through a function of one signature, AttentionRequest. A caller who wants to see the
+Every layer attends through a function of one signature, AttentionFunction. A caller who wants to see the
 attention of a layer gives that layer another one:
 
-    lm(ids).attentions                                      {}: fused_attention everywhere, no map exists
-    lm(ids, requests={8: explicit_attention}).attentions    {8: A (B,H,T,S)}
+    lm(ids).attentions                                       {}: fused_attention everywhere, no map exists
+    lm(ids, attention={8: explicit_attention}).attentions    {8: A (B,H,T,S)}
 
-lean.py and evals/analyses.py have requests of their own. Shapes: B batch, T query tokens, S key tokens (T, or
-more with a cache), H heads, D head dim, C width, V vocabulary.
+lean.py and evals/analyses.py have functions of their own. Shapes: B batch, T query tokens, S key tokens (T,
+or more with a cache), H heads, D head dim, C width, V vocabulary.
 
 References: Bai et al. 2023 (arXiv 2309.16609); names of transformers' models/qwen2/modeling_qwen2.py.
 """
@@ -51,14 +51,14 @@ class Output(NamedTuple):
 
     hidden: Tensor  # (B,T,C), after the last norm: what the head reads
     logits: Tensor | None  # (B,T,V), or None where nobody asked for them
-    attentions: dict[int, Tensor]  # of each layer in `requests` what its request returned
+    attentions: dict[int, Tensor | None]  # of each layer in `attention` what its function returned
 
 
 # ---------------------------------------------------------------- attention
 
 # How one layer attends: q (B,H,T,D), k and v (B,H,S,D), mask (B,1,T,S) True = may see, None = causal
 # -> its output (B,H,T,D), and what the caller is to see of its attention (None: nothing)
-AttentionRequest = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, None]:
@@ -80,8 +80,8 @@ def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     T, S = q.shape[2], k.shape[2]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if mask is None:  # only the last T keys hide from anyone: query i sees the first i + 1 of them
-        hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., S - T :].masked_fill_(hidden, float("-inf"))
+        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., S - T :].masked_fill_(future, float("-inf"))
     else:
         scores.masked_fill_(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32)
@@ -104,6 +104,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), times a learned weight a channel: (B,T,C) -> (B,T,C)."""
+
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -131,10 +133,10 @@ class Attention(nn.Module):
         x: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        cache: list[Tensor],
-        request: AttentionRequest,
+        cache: list[Tensor] | None,
+        attend: AttentionFunction,
     ) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,C) -> (B,T,C), and what the request returns of the attention."""
+        """x (B,T,C) -> (B,T,C), and what `attend` returns of the attention."""
         q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
         k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
@@ -142,14 +144,16 @@ class Attention(nn.Module):
         if cache is not None:  # this layer's [k, v] of the tokens before, extended in place
             cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))] if cache else [k, v]
             k, v = cache
-        if self.groups > 1:
+        if self.groups > 1:  # (B, key heads, S, D) -> (B,H,S,D)
             k = k.repeat_interleave(self.groups, dim=1)
             v = v.repeat_interleave(self.groups, dim=1)
-        out, attention = request(q, k, v, mask)
+        out, attention = attend(q, k, v, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2)), attention  # (B,H,T,D) -> (B,T,C)
 
 
 class MLP(nn.Module):
+    """SwiGLU: W_down (silu(W_gate x) * W_up x), (B,T,C) -> (B,T,C)."""
+
     def __init__(self, c: QwenConfig):
         super().__init__()
         self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
@@ -161,6 +165,8 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
+    """One block: attention, then the MLP, each on a normed input and added to what came in."""
+
     def __init__(self, c: QwenConfig):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
@@ -168,13 +174,23 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, mask, cache, request) -> tuple[Tensor, Tensor | None]:
-        out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, request)
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: list[Tensor] | None,
+        attend: AttentionFunction,
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B,T,C) -> (B,T,C), and what `attend` returns of the attention."""
+        out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, attend)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), attention
 
 
 class Decoder(nn.Module):
+    """Everything but the output head; Qwen.forward runs it."""
+
     def __init__(self, c: QwenConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
@@ -206,7 +222,7 @@ class Qwen(nn.Module):
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        requests: Mapping[int, AttentionRequest] | None = None,
+        attention: Mapping[int, AttentionFunction] | None = None,
         inputs_embeds: Tensor | None = None,
         cache: Cache | None = None,
         logits: bool = True,
@@ -214,25 +230,25 @@ class Qwen(nn.Module):
         """input_ids (B,T), or inputs_embeds (B,T,C) in their place -> Output.
 
         attention_mask (B,T) bool, False = padding; what a padding position itself computes is never read.
-        requests: layer, counted from 0 -> how it attends. logits=False leaves the head out.
-        ValueError: a request for a layer that is not there.
+        attention: layer, counted from 0 -> how it attends. logits=False leaves the head out.
+        ValueError: a layer that is not there.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        c, requests, attentions = self.config, requests or {}, {}
-        if outside := sorted(set(requests) - set(range(c.num_hidden_layers))):
+        c, attention, attentions = self.config, attention or {}, {}
+        if outside := sorted(set(attention) - set(range(c.num_hidden_layers))):
             last = c.num_hidden_layers - 1
             raise ValueError(f"attention of layers {outside}: this model has layers 0 to {last}")
         positions, mask = self._positions_and_mask(x, attention_mask, cache)
         rope = rope_angles(positions, c.hidden_size // c.num_attention_heads, c.rope_theta)
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
-            inputs = x, rope, mask, layer_cache, requests.get(i, fused_attention)
+            inputs = x, rope, mask, layer_cache, attention.get(i, fused_attention)
             if self.checkpointing and torch.is_grad_enabled():
-                x, attention = checkpoint(layer, *inputs, use_reentrant=False)
+                x, seen = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, attention = layer(*inputs)
-            if i in requests:
-                attentions[i] = attention
+                x, seen = layer(*inputs)
+            if i in attention:
+                attentions[i] = seen
         x = self.model.norm(x)
         return Output(x, self.head(x) if logits else None, attentions)
 
@@ -260,5 +276,5 @@ class Qwen(nn.Module):
         S = visible.shape[1]
         positions = (visible.cumsum(1) - 1).clamp(min=0)[:, S - T :]
         causal = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
-        itself = causal.triu(S - T)  # the diagonal, so that no row is empty, padding or not
+        itself = causal.triu(S - T)  # the diagonal: a padding query sees itself, or its softmax would be NaN
         return positions, (causal & visible[:, None, None, :]) | itself

@@ -3,15 +3,18 @@
     python train.py                                  # a student of the tiny world: stages 1, 2 and 3
     torchrun --nproc-per-node 2 train.py --stage 2   # one stage; the stage before is found under --out
 
-    stage                            trains                    loss                  what it makes
-    0a, 0b                           adapter; adapter + LM     L_LM                  a teacher
-    1 DPT, distilled pre-training    adapter (with TAF: P_s)   L_LM + L_KL           it reads visual tokens
-    2 DFT, distilled fine-tuning     adapter + LM              L_LM + L_KL + L_ADL   it looks as its teacher
-    3 SFT, supervised fine-tuning    adapter + LM              L_LM                  the student, finished
+    stage                            trains                       loss
+    0a, 0b (they make a teacher)     adapter; adapter and LM      L_LM
+    1 DPT, distilled pre-training    adapter (with TAF only P_s)  L_LM + L_KL
+    2 DFT, distilled fine-tuning     adapter and LM               L_LM + L_KL + L_ADL
+    3 SFT, supervised fine-tuning    adapter and LM               L_LM
 
-LM is the language model; the losses, TAF (teacher adapter fetch) and the methods are in distill.py. Read on:
-one step of teacher and student (class Step), then one stage from top to bottom (train). Flags, recipes and
-Config are in training/recipes.py, how models are loaded and frozen in training/models.py.
+LM is the language model. L_LM is its loss on the answers, L_KL compares the student's answers with the
+teacher's, L_ADL where the two look in the picture; with TAF (teacher adapter fetch) the student keeps the
+teacher's adapter and trains one linear map P_s behind it. All of it is in distill.py.
+
+Read on: one step of teacher and student (class Step), then one stage from top to bottom (train). Flags,
+recipes and Config are in training/recipes.py, how models are loaded and frozen in training/models.py.
 """
 
 import math
@@ -35,7 +38,7 @@ from support.errors import BadInput, one_sentence
 from support.ranks import all_reduce, any_rank, barrier, rank_and_ranks, ranks_of_torchrun
 from support.world import make_world
 from training import parallel, recipes, resume
-from training.log import Log, Seen
+from training.log import Log, StepSize
 from training.models import load_models, save_model
 from training.recipes import Config
 from training.signals import Stopped, ignore_signals, signals_ask_to_stop
@@ -60,44 +63,47 @@ class Step(nn.Module):
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
         self.student_layers, self.teacher_layers = [], []  # whose attention L_ADL reads
-        if "adl" in weights:
+        if teacher is not None and any("adl" in terms for terms in method.weights.values()):
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
-            self.student_layers = distill.choose_layers(method.layers, depths[0], teacher=False)
-            self.teacher_layers = distill.choose_layers(method.layers, depths[1], teacher=True)
-            distill.match_layers(self.student_layers, self.teacher_layers)  # ValueError before any work
+            try:
+                layers = distill.aligned_layers(method, *depths)
+            except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
+                raise BadInput(str(error)) from None
+            if "adl" in weights:
+                self.student_layers, self.teacher_layers = layers
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:
         """batch: data.collate's; totals: distill.loss_counts, added up over the global batch."""
         student, teacher, ids = self.student, self.teacher[0], batch["input_ids"]
-        request = explicit_attention  # whole maps (B,H,T,T)
-        if self.student_layers and not self.plain:
-            request, _ = lean.request_rows(batch, self.method.rows)  # of them what is read, (B,R,P)
-        t = None
+        t = rows = None
+        attend = explicit_attention  # whole maps (B,H,T,T)
+        if self.student_layers and not self.plain:  # or of them what is read, (B,R,P)
+            attend, rows = lean.visual_attention_of(batch, self.method.rows)
         with parallel.compute_dtype(self.precision, ids.device):
             # no attention mask: causality hides padding on the right
             with torch.no_grad():
-                z = student.image_features(batch["pixel_values"])  # the same encoder in both models
+                z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
                 if teacher is not None:
-                    teacher_tokens = teacher.adapter(z)  # P_t(z)
+                    teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)
                     t = teacher.lm(
-                        inputs_embeds=teacher.embed(ids, visual_tokens=teacher_tokens),
-                        requests=dict.fromkeys(self.teacher_layers, request),
+                        inputs_embeds=teacher.embed(ids, visual_tokens=teacher_tokens),  # (B,T,C_t)
+                        attention=dict.fromkeys(self.teacher_layers, attend),
                         logits=self.plain,
                     )
             if self.method.taf and teacher is not None:
-                visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z))
+                visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z)) (N,P,C_s)
             else:
                 visual_tokens = student.adapter(z)
             s = student.lm(
-                inputs_embeds=student.embed(ids, visual_tokens=visual_tokens),
-                requests=dict.fromkeys(self.student_layers, request),
+                inputs_embeds=student.embed(ids, visual_tokens=visual_tokens),  # (B,T,C_s)
+                attention=dict.fromkeys(self.student_layers, attend),
                 logits=self.plain,
             )
         if self.plain:
             return distill.distillation_loss(s, t, batch, self.method, self.weights, totals)
-        s = s._replace(hidden=s.hidden.to(DTYPES[self.precision]))  # in which the head multiplies
+        s = s._replace(hidden=s.hidden.to(DTYPES[self.precision]))  # the dtype of the head's products
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
-        return lean.distillation_loss(s, t, heads, batch, self.method, self.weights, totals)
+        return lean.distillation_loss(s, t, heads, rows, batch, self.method, self.weights, totals)
 
 
 # ---------------------------------------------------------------- one stage
@@ -109,10 +115,10 @@ def train(c: Config) -> Path:
     One that was stopped goes on from its last save, to the same bits; one that has finished stays as it is.
     """
     (rank, ranks), device = rank_and_ranks(), pick_device()
-    say = print if rank == 0 and not c.quiet else lambda *_: None
+    print0 = print if rank == 0 and not c.quiet else lambda *_: None
     run = c.folder.with_suffix(".run")  # what is needed to go on
     check_writable(run)
-    claimed = resume.claim(run)  # no other process trains it until this file is closed
+    _lock = resume.lock_run(run)  # held until this function ends
 
     # models and data
     torch.manual_seed(c.seed)  # the same new weights on every rank
@@ -121,78 +127,70 @@ def train(c: Config) -> Path:
     dataset = open_data(c, student)
     steps = c.steps or max(1, c.epochs * len(dataset) // c.global_batch)
     if resume.open_run(run, c.folder, recipes.identity(c, steps, dataset.records.files, len(dataset))):
-        say(f"stage {c.stage}: finished already, {c.folder}")
+        print0(f"stage {c.stage}: finished already, {c.folder}")
         return c.folder
+    resume.check_space(run, student, c.keep)
     size = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    whole = sum(p.numel() for p in student.parameters())
-    resume.check_space(run, 12 * size * (c.keep + 1) + 4 * whole)  # bytes; 12: a weight and its two moments
 
     # many devices, optimizer, and what an earlier process has saved
     module = parallel.wrap_parallel(step_module, c.parallel, c.precision)
     trained = [p for p in student.parameters() if p.requires_grad]  # FSDP has put its own in their place
     optimizer = torch.optim.AdamW(trained, c.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     state = resume.load(run, student, optimizer) or {"step": 0, "samples": 0, "bad": 0}
-    first = state["step"]
-    batches = iter(open_loader(c, dataset, steps, first, device))
-    say(f"stage {c.stage}: {c.student} on {device}, {c.precision}")
-    say(f"teacher: {c.teacher if teacher else 'none'}")
-    say(f"trained: {size:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
-    say(f"global batch: {ranks} ranks x {c.batch_size} x {c.accumulation} = {c.global_batch}")
-    say(f"steps: {steps}, of which {first} are done; {len(dataset):,} samples")
+    start = state["step"]
+    batches = iter(open_loader(c, dataset, steps, start, device))
+    print0(f"stage {c.stage}: {c.student} on {device}, {c.precision}")
+    print0(f"teacher: {c.teacher if teacher else 'none'}")
+    print0(f"trained: {size:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
+    print0(f"global batch: {ranks} ranks x {c.batch_size} x {c.accumulation} = {c.global_batch}")
+    print0(f"steps: {steps}, of which {start} are done; {len(dataset):,} samples")
 
-    with signals_ask_to_stop() as asked, Log(run, first, steps, c) as log:
-        for step in range(first, steps):
+    with signals_ask_to_stop() as stop_requests, Log(run, start, steps, c) as log:
+        for step in range(start, steps):
             # every random number of a step (dropout) follows from seed, step and rank: no generator is saved
+            # (the factors keep the three apart)
             torch.manual_seed((c.seed * 1_000_003 + step) * 8191 + rank)
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, c.lr)
             micro_batches = [data.to_device(next(batches), device) for _ in range(c.accumulation)]
-            totals, seen = reduce_counts(micro_batches, c)
+            totals, size = reduce_counts(micro_batches, c)
 
             # forward and backward: every loss is divided by the totals of all micro-batches and ranks
             sums, counts = {}, {}
             for i, batch in enumerate(micro_batches):
-                if any_rank(bool(asked), device):  # between micro-batches: no scheduler waits for a long step
+                if any_rank(bool(stop_requests), device):  # a scheduler does not wait for a long step to end
                     resume.save(run, student, optimizer, state, c.keep)
                     raise Stopped(f"stopped after step {step}, saved in {run}; the same command goes on")
                 with parallel.local_gradients(module, last=i == len(micro_batches) - 1):
                     loss, terms = module(batch, totals)
-                    (ranks * loss).backward()  # DDP and FSDP average gradients over the ranks
+                    (ranks * loss).backward()  # gradients are averaged over the ranks, and are to add up
                 for name, term in terms.items():
                     sums[name] = sums.get(name, 0) + term.sum.detach()
                     counts[name] = counts.get(name, 0) + term.count
-            if step == first:
+            if step == start:
                 check_counts(counts, totals)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
-            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all of FSDP's shards
-            shares = [sums[name] / totals[name].clamp(min=1) for name in sums]
-            *shares, norm = torch.stack([*shares, norm]).tolist()
-            losses = dict(zip(sums, shares))  # this rank's part of each
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
+            rank_losses = [sums[name] / totals[name].clamp(min=1) for name in sums]  # they add up over ranks
+            *rank_losses, norm = torch.stack([*rank_losses, norm]).tolist()
 
             # the optimizer takes no step from numbers that are not finite
             log.bad_samples(micro_batches, step + 1)
-            if not math.isfinite(norm + sum(shares)):
-                raise BadInput(log.not_finite(step + 1, losses, norm, micro_batches))
+            if not math.isfinite(norm + sum(rank_losses)):
+                raise BadInput(log.not_finite(step + 1, dict(zip(sums, rank_losses)), norm, micro_batches))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             # log and save
-            samples, bad = state["samples"] + seen.samples, state["bad"] + seen.bad
-            state = {"step": step + 1, "samples": samples, "bad": bad}
-            if bad > c.max_bad_share * max(samples, 1000):
-                raise BadInput(
-                    f"{bad} of {samples} samples are bad, more than --max-bad-share {c.max_bad_share:g} "
-                    f"allows; {log.bad_file} lists them"
-                )
-            log.count(seen)
+            state = log.count(step + 1, state, size)
             if (step + 1) % c.log_every == 0 or step in (0, steps - 1):
-                values = all_reduce(torch.tensor(shares, dtype=torch.float64, device=device)).tolist()
-                log.row(step + 1, dict(zip(losses, values)), lr, norm, bad)
+                losses = all_reduce(torch.tensor(rank_losses, dtype=torch.float64, device=device)).tolist()
+                log.row(step + 1, dict(zip(sums, losses)), lr, norm, state["bad"])
             if (step + 1) % c.save_every == 0 and step + 1 < steps:
                 resume.save(run, student, optimizer, state, c.keep)
         save_model(student, c)
         resume.remove_saves(run)
-    if claimed:
-        claimed.close()
+        if any_rank(bool(stop_requests), device):  # of several stages the next one is not begun
+            raise Stopped(f"stage {c.stage} is finished, {c.folder}; stopped after it")
     return c.folder
 
 
@@ -204,20 +202,25 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tensor], Seen]:
-    """What the losses of a step are divided by, and what is in it: micro-batches and ranks added up."""
+def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tensor], StepSize]:
+    """What the losses of a step are divided by, and how much is in it: micro-batches and ranks added up."""
     here = [distill.loss_counts(batch, c.method, c.weights) for batch in micro_batches]
     totals = {name: sum(counts[name] for counts in here) for name in here[0]}
+    if totals.keys() != c.weights.keys():
+        raise BadInput(
+            f"stage {c.stage} has weights for {', '.join(c.weights)}, and distill.loss_counts counts "
+            f"{', '.join(totals)}: every loss needs both"
+        )
     masks = [batch["attention_mask"] for batch in micro_batches]
-    seen = Seen(
+    size = StepSize(
         samples=sum(len(mask) for mask in masks),
         tokens=sum(mask.sum() for mask in masks),
         padded_tokens=sum(mask.numel() for mask in masks),
         bad=sum(len(batch["replaced"]) for batch in micro_batches),
     )
-    numbers = [torch.as_tensor(x, device=masks[0].device) for x in (*totals.values(), *seen)]
+    numbers = [torch.as_tensor(x, device=masks[0].device) for x in (*totals.values(), *size)]
     numbers = all_reduce(torch.stack(numbers))  # one message for all of them
-    return dict(zip(totals, numbers)), Seen(*numbers[len(totals) :].tolist())
+    return dict(zip(totals, numbers)), StepSize(*numbers[len(totals) :].tolist())
 
 
 def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
@@ -225,14 +228,14 @@ def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
     for name, total in totals.items():
         if name not in counts:
             raise BadInput(
-                f"the method asks for the loss {name}, which distillation_loss has not returned; where only "
-                "distill.py has it, and not lean.py, train with --plain"
+                f"there is a weight for the loss {name}, which distillation_loss has not returned; where "
+                "only distill.py has it, and not lean.py, train with --plain"
             )
-        counted = all_reduce(counts[name].clone()).item()
+        counted = all_reduce(torch.as_tensor(counts[name], device=total.device).clone()).item()
         if counted != total.item():
             raise BadInput(
                 f"the loss {name} counts {counted} items on the first step, but was divided by "
-                f"{total.item()}: distill.loss_counts and the loss in distill.py disagree; mend one of them"
+                f"{total.item()}: distill.loss_counts and the function that gives this loss disagree"
             )
 
 
@@ -254,12 +257,12 @@ def open_data(c: Config, student: VLM) -> data.LlavaDataset:
     )
 
 
-def open_loader(c: Config, dataset: data.LlavaDataset, steps: int, first: int, device: str) -> DataLoader:
-    """This rank's micro-batches from step `first` on, in an order that follows from the seed."""
+def open_loader(c: Config, dataset: data.LlavaDataset, steps: int, start: int, device: str) -> DataLoader:
+    """This rank's micro-batches from step `start` on, in an order that follows from the seed."""
     rank, ranks = rank_and_ranks()
     lengths = dataset.lengths if c.group_by_length else None
     samples, size = len(dataset), c.batch_size
-    order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, first, lengths)
+    order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, start, lengths)
     return DataLoader(
         dataset,
         batch_sampler=order,

@@ -251,7 +251,8 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
         args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *flags])
         c = recipes.configure("2", args, ranks=1)
-        module = train.Step(student, teacher, c.method, c.weights, c.plain)
+        precision = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
+        module = train.Step(student, teacher, c.method, c.weights, c.plain, precision)
         student.lm.checkpointing = c.gradient_checkpointing
         if c.compile:
             compile_layers(student, teacher)

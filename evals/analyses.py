@@ -11,9 +11,10 @@
 
 Attention is a head mean throughout. Its *text rows* are the queries after the picture, up to and including
 the *answering position*, which predicts the first word of the answer; cosines are taken row by row and
-averaged over them. A student's understanding layers are compared with their teacher groups, as in training;
-any other layer with the teacher's layer at the same relative depth. An item is a recognition question or a
-caption pair, both captions asked. Intervals hold 95 %: bootstrap over pictures, RESAMPLES times.
+averaged over them. A student's understanding layers (--layers) are compared with their teacher groups, as in
+training; any other layer with the teacher's layer at the same relative depth. An item is a recognition
+question or a caption pair, both captions asked. Intervals hold 95 %: bootstrap over pictures, RESAMPLES
+times.
 
 No map with heads outlives its layer, nor one of all rows: lean.VisualAttention leaves (B,R,T). Only the
 intervention holds maps (B,T,P) of the understanding layers; give large models a small --batch-size there.
@@ -26,7 +27,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +40,7 @@ import data
 import distill
 import lean
 import model
+from distill import METHODS, SHARES, Method
 from evals import benchmarks, figures, pictures, scorers
 from evals.answers import SHOWS
 from lean import VisualAttention
@@ -108,16 +110,18 @@ def first_of_each_kind(questions: list[Question], limit: int | None) -> list[Que
 # ---------------------------------------------------------------- what the models do
 
 
-def matched(student_layers: int, teacher_layers: int) -> list[list[int]]:
+PAPER = METHODS["compodistill"]  # what analyses compare unless they are told another method
+
+
+def matched(student_depth: int, teacher_depth: int, method: Method = PAPER) -> list[list[int]]:
     """For each student layer the teacher layers that it is compared with, as their mean.
 
-    In the understanding layers its group (distill.match_layers), elsewhere the one layer at the same relative
-    depth.
+    In the layers that the method aligns its group (distill.match_layers), elsewhere the one layer at the same
+    relative depth.
     """
-    layers = [[int((i + 0.5) / student_layers * teacher_layers)] for i in range(student_layers)]
-    ours = distill.understanding_layers(student_layers)
-    theirs = distill.understanding_layers(teacher_layers)
-    for i, group in zip(ours, distill.match_layers(ours, theirs)):
+    layers = [[int((i + 0.5) / student_depth * teacher_depth)] for i in range(student_depth)]
+    aligned, of_teacher = distill.aligned_layers(method, student_depth, teacher_depth)
+    for i, group in zip(aligned, distill.match_layers(aligned, of_teacher, method.matching)):
         layers[i] = group
     return layers
 
@@ -128,6 +132,7 @@ class Observed(NamedTuple):
     probability: np.ndarray  # (n,) of the right answer, all its tokens; of yes and no, against the other
     mass: dict[str, np.ndarray]  # image, before it, after it -> (n,L), of the answering position; sums to 1
     cosine: dict[str, np.ndarray]  # image, text -> (n,L), to the teacher; {} for the teacher itself
+    layers: list[int]  # those that the method aligns
 
 
 def answered(vlm: model.VLM, question: Question) -> dict:
@@ -140,7 +145,11 @@ def answered(vlm: model.VLM, question: Question) -> dict:
 
 @torch.no_grad()
 def observe(
-    teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
+    teacher: model.VLM,
+    students: dict[str, model.VLM],
+    questions: list[Question],
+    size: int = 128,
+    method: Method = PAPER,
 ) -> dict[str, Observed]:
     """Analyses 1 to 3 in one pass: {"teacher" and each student: Observed}; `size` questions at a time."""
     models = {"teacher": teacher, **students}
@@ -152,22 +161,22 @@ def observe(
         first = (batch["labels"] != data.IGNORE).long().argmax(1, keepdim=True)  # (B,1), of the answer
         columns, real = batch["visual_columns"], batch["attention_mask"]
         queries = distill.query_rows(batch, "text") & (position < first)
-        rows = lean.span(queries)
+        rows = lean.shortest_slice(queries)
         keys = {"image": (position >= columns[:, :1]) & (position <= columns[:, -1:])}  # (B,T) each
         parts = keys | {"before": position < columns[:, :1], "after": (position > columns[:, -1:]) & real}
         keys["text"] = parts["before"] | parts["after"]
         answering = torch.arange(len(first), device=first.device), first[:, 0] - 1 - rows.start
-        request = VisualAttention(rows, position.expand(len(first), -1))  # text rows, every column
+        attend = VisualAttention(rows, position.expand(len(first), -1))  # text rows, every column
         for name, vlm in models.items():
-            requests = dict.fromkeys(range(vlm.config.text.num_hidden_layers), request)
-            out = vlm(batch["input_ids"], batch["pixel_values"], requests=requests, logits=False)
+            every = dict.fromkeys(range(vlm.config.text.num_hidden_layers), attend)
+            out = vlm(batch["input_ids"], batch["pixel_values"], attention=every, logits=False)
             hidden, maps = out.hidden, list(out.attentions.values())  # (B,T,C), L of (B,R,T)
             mass = {part: [(m[answering] * where).sum(1) for m in maps] for part, where in parts.items()}
             cosine = {}
             if vlm is teacher:
                 theirs = maps
             else:
-                groups = matched(len(maps), len(theirs))
+                groups = matched(len(maps), len(theirs), method)
                 goals = [sum(theirs[i] for i in group) / len(group) for group in groups]
                 for part, where in keys.items():
                     pairs = [[m * where[:, None] for m in both] for both in zip(maps, goals)]
@@ -180,7 +189,12 @@ def observe(
             found[name].append((right, mass, cosine))
     for name, parts in found.items():
         model.finite(torch.cat([part[0] for part in parts]), name)
-    return {name: gathered(parts) for name, parts in found.items()}
+    seen = {}
+    for name, parts in found.items():
+        own = models[name].config.text.num_hidden_layers
+        layers = distill.choose_layers(method.layers, own, teacher=name == "teacher")
+        seen[name] = gathered(parts, layers)
+    return seen
 
 
 def rows_mean(values: Tensor, queries: Tensor) -> Tensor:
@@ -197,7 +211,7 @@ def answer_probability(vlm: model.VLM, hidden: Tensor, labels: Tensor) -> Tensor
     return torch.zeros(len(hidden), device=loss.device).index_add_(0, rows, -loss).exp()
 
 
-def gathered(batches: list[tuple]) -> Observed:
+def gathered(batches: list[tuple], layers: list[int]) -> Observed:
     """The batches' (B,) and {name: L of (B,)} -> arrays over all questions."""
 
     def joined(parts: list[dict]) -> dict[str, np.ndarray]:
@@ -207,12 +221,12 @@ def gathered(batches: list[tuple]) -> Observed:
         }
 
     probabilities, masses, cosines = zip(*batches)
-    return Observed(torch.cat(probabilities).cpu().numpy(), joined(masses), joined(cosines))
+    return Observed(torch.cat(probabilities).cpu().numpy(), joined(masses), joined(cosines), layers)
 
 
 @dataclass(frozen=True)
 class Guided:
-    """An AttentionRequest (qwen.py) that changes what its layer computes: visual attention from outside."""
+    """An AttentionFunction (qwen.py) that changes what its layer computes: visual attention from outside."""
 
     maps: Tensor  # (B,T,P), head means, every query row
     columns: Tensor  # (B,P) key tokens: the visual tokens; every sample has a picture
@@ -235,7 +249,11 @@ class Guided:
 
 @torch.no_grad()
 def intervene(
-    teacher: model.VLM, students: dict[str, model.VLM], questions: list[Question], size: int = 128
+    teacher: model.VLM,
+    students: dict[str, model.VLM],
+    questions: list[Question],
+    size: int = 128,
+    method: Method = PAPER,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Analysis 4: {model: {key of WAYS: log P(yes) / P(no) (n,)}}; of the teacher only "as it is".
 
@@ -244,7 +262,8 @@ def intervene(
     picture.
     """
     found = {"teacher": {"as it is": []}} | {name: {way: [] for way in WAYS} for name in students}
-    ours = distill.understanding_layers(len(teacher.lm.model.layers))
+    depth = teacher.config.text.num_hidden_layers
+    of_teacher = distill.choose_layers(method.layers, depth, teacher=True)
     options = scorers.option_tokens(teacher, ("yes", "no"))
     streams = (
         scorers.batches(prompts(teacher, asked, options.lead), teacher.device, size)
@@ -253,24 +272,25 @@ def intervene(
     for batch, other in zip(*streams):
         ids, columns = batch["input_ids"], batch["visual_columns"]
         last = batch["attention_mask"].sum(1) - 1
-        request = VisualAttention(slice(0, ids.shape[1]), columns)  # (B,T,P) a layer
-        requests = dict.fromkeys(ours, request)
-        out = teacher(ids, batch["pixel_values"], requests=requests, logits=False)
+        attend = VisualAttention(slice(0, ids.shape[1]), columns)  # (B,T,P) a layer
+        looked_at = dict.fromkeys(of_teacher, attend)
+        out = teacher(ids, batch["pixel_values"], attention=looked_at, logits=False)
         found["teacher"]["as it is"].append(yes_over_no(teacher, out.hidden, last, options))
         theirs = {"teacher": out.attentions}
-        theirs["stranger"] = teacher(ids, other["pixel_values"], requests=requests, logits=False).attentions
+        out = teacher(ids, other["pixel_values"], attention=looked_at, logits=False)
+        theirs["stranger"] = out.attentions
         for name, vlm in students.items():
-            layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
-            groups = distill.match_layers(layers, ours)
+            layers, _ = distill.aligned_layers(method, vlm.config.text.num_hidden_layers, depth)
+            groups = distill.match_layers(layers, of_teacher, method.matching)
             goals = {who: distill.group_mean(maps, groups) for who, maps in theirs.items()}
             embeds = vlm.embed(ids, batch["pixel_values"])
-            plain = vlm.lm(inputs_embeds=embeds, requests=dict.fromkeys(layers, request), logits=False)
+            plain = vlm.lm(inputs_embeds=embeds, attention=dict.fromkeys(layers, attend), logits=False)
             goals["own"] = list(plain.attentions.values())
             for way, (whose, share) in WAYS.items():
                 out = plain
                 if share:
                     guides = {i: Guided(goal, columns, share) for i, goal in zip(layers, goals[whose])}
-                    out = vlm.lm(inputs_embeds=embeds, requests=guides, logits=False)
+                    out = vlm.lm(inputs_embeds=embeds, attention=guides, logits=False)
                 found[name][way].append(yes_over_no(vlm, out.hidden, last, options))
     joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
     for name, ways in joined.items():
@@ -387,7 +407,7 @@ def attention_rows(observed: dict, questions: dict) -> list[dict]:
     return rows
 
 
-def similarity_rows(observed: dict, questions: dict, teacher_layers: int) -> list[dict]:
+def similarity_rows(observed: dict, questions: dict, teacher_depth: int, method: Method) -> list[dict]:
     """Analysis 2: cosine to the teacher, by items, student, layer and tokens attended to."""
     rows = []
     for items, models in observed.items():
@@ -395,11 +415,11 @@ def similarity_rows(observed: dict, questions: dict, teacher_layers: int) -> lis
         for name, seen in models.items():
             for part, cosine in seen.cosine.items():
                 layers = cosine.shape[1]
-                groups = matched(layers, teacher_layers)
+                groups = matched(layers, teacher_depth, method)
                 for layer, values in enumerate(cosine.T):
                     row = dict(items=items, model=name, tokens=part, layer=layer, layers=layers)
                     row["teacher_layers"] = " ".join(map(str, groups[layer]))
-                    row["understanding"] = layer in distill.understanding_layers(layers)
+                    row["understanding"] = layer in seen.layers
                     rows.append(row | measured("cosine", values, drawn))
     return rows
 
@@ -410,9 +430,8 @@ def measured(name: str, values: np.ndarray, drawn: np.ndarray) -> dict:
 
 
 def understanding_cosine(seen: Observed, tokens: str = "image") -> np.ndarray:
-    """(n,): the mean cosine of each question over the understanding layers."""
-    cosine = seen.cosine[tokens]
-    return cosine[:, distill.understanding_layers(cosine.shape[1])].mean(1)
+    """(n,): the mean cosine of each question over the aligned layers, the understanding layers by default."""
+    return seen.cosine[tokens][:, seen.layers].mean(1)
 
 
 def group_rows(observed: dict, questions: dict) -> tuple[list[dict], list[dict]]:
@@ -528,6 +547,7 @@ def analyse(
     which: list[str],
     folder: Path,
     size: int = 128,
+    method: Method = PAPER,
 ) -> Study:
     """Run the analyses of `which` and write their numbers and figures.
 
@@ -538,15 +558,17 @@ def analyse(
     teacher, students = models["teacher"], {name: vlm for name, vlm in models.items() if name != "teacher"}
     observed, intervened, rows = {}, {}, {}
     if {"attention", "similarity", "groups"} & set(which):
-        observed = {items: observe(teacher, students, asked, size) for items, asked in questions.items()}
+        for items, asked in questions.items():
+            observed[items] = observe(teacher, students, asked, size, method)
     if "attention" in which:
         rows["attention"] = attention_rows(observed, questions)
     if "similarity" in which:
-        rows["similarity"] = similarity_rows(observed, questions, len(teacher.lm.model.layers))
+        depth = teacher.config.text.num_hidden_layers
+        rows["similarity"] = similarity_rows(observed, questions, depth, method)
     if "groups" in which:
         rows["groups"], rows["correlation"] = group_rows(observed, questions)
     if "intervention" in which:
-        intervened = intervene(teacher, students, questions["compositional"], size)
+        intervened = intervene(teacher, students, questions["compositional"], size, method)
         rows["intervention"] = intervention_rows(intervened, questions["compositional"])
     if "picture" in which:
         rows["picture"] = picture_rows(models, cases)
@@ -563,7 +585,9 @@ def analyse(
     return Study(questions, observed, intervened, rows)
 
 
-def load_models(teacher: str, students: dict[str, str | Path]) -> dict[str, model.VLM]:
+def load_models(
+    teacher: str, students: dict[str, str | Path], method: Method = PAPER
+) -> dict[str, model.VLM]:
     """{"teacher", then the students}. BadInput: a student that does not read what the teacher reads."""
     models = {"teacher": scorers.load(teacher)}
     first = models["teacher"]
@@ -576,7 +600,7 @@ def load_models(teacher: str, students: dict[str, str | Path]) -> dict[str, mode
                 "that positions do not coincide; give the teacher that it was distilled from with --teacher"
             )
         try:
-            matched(len(vlm.lm.model.layers), len(first.lm.model.layers))
+            matched(vlm.config.text.num_hidden_layers, first.config.text.num_hidden_layers, method)
         except ValueError as error:
             raise BadInput(f"{folder}: {error}") from None
     return models
@@ -626,6 +650,12 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--runs", type=Path, default=Path("out"), help="of `python -m tiny` (default: %(default)s)")
     add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
     add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
+    add(
+        "--layers",
+        choices=[*SHARES, "released"],
+        default="intermediate",
+        help="that are aligned, as in training (default: %(default)s)",
+    )
     add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
     add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
     add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
@@ -647,6 +677,7 @@ def run(args: argparse.Namespace) -> None:
             world = make_world(args.world or args.runs / "world")
             questions = world_questions(world, args.limit)
             cases = cases if args.image else tiny_cases(world)
-        models = load_models(args.teacher, students)
-        analyse(models, questions, cases, args.which, folder, args.batch_size)
+        method = replace(PAPER, layers=args.layers)
+        models = load_models(args.teacher, students, method)
+        analyse(models, questions, cases, args.which, folder, args.batch_size, method)
     print(f"{missing}\n{args.out}".strip())

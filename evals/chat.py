@@ -13,18 +13,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
 import data
-import distill
 import model
-from evals import pictures, scorers
-from lean import VisualAttention
+from evals import scorers
 from model import DTYPES
 from qwen import Cache
 from support import layouts
@@ -32,7 +28,6 @@ from support.errors import BadInput, at_least, sentence
 
 HELP = """A line is a question. Besides there are
   /image FILE   talk about another picture, in a new conversation
-  /attention    save a picture of where the model looked for its last answer
   /new          a new conversation about the same picture
   /help         this
   /quit         end, as Ctrl-D and Ctrl-C do; while it answers Ctrl-C stops the answer"""
@@ -47,7 +42,7 @@ class Conversation:
         self.picture = None if picture is None else data.open_picture(picture)
         self.ids: list[int] = []  # of all turns; what ends an answer comes with the next question
         self.cache = Cache(len(vlm.lm.model.layers))  # of the first of these
-        self.question, self.answer, self.start = "", "", 0  # of the last turn; ids[start:] are the answer
+        self.start = 0  # ids[start:] are the last answer
 
     @torch.no_grad()
     def ask(self, question: str, max_new_tokens: int = 512) -> Iterator[str]:
@@ -73,44 +68,14 @@ class Conversation:
         room = min(max_new_tokens, longest - start)
         for token in vlm.stream(unread, pixels, max_new_tokens=room, cache=self.cache):
             if self.ids is not ids:  # the model has read the question: from here on it counts
-                self.ids, self.start, self.question, self.answer = ids, start, question, ""
+                self.ids, self.start, shown = ids, start, ""
             if token.item() in vlm.stop_ids:
                 break
             ids.append(token.item())
             text = vlm.tokenizer.decode(ids[start:], skip_special_tokens=True)
             text = CONTROL.sub("", text).rstrip("\ufffd").strip()  # U+FFFD: the first bytes of a letter
-            shown, self.answer = self.answer, text
             yield text[len(shown) :]
-
-    @torch.no_grad()
-    def attention(self) -> np.ndarray:
-        """Where the model looked while it wrote the last answer -> (side, side), what falls on each patch.
-
-        The mean over heads, understanding layers and the positions that wrote the answer's tokens: from the
-        last of the question to the last but one of the answer. Only these are read again.
-        """
-        if self.picture is None or not self.ids:
-            raise BadInput("there is no answer about a picture yet; give one with /image FILE, and ask")
-        vlm, before = self.vlm, self.start - 1
-        rows = self.ids[before:-1] or self.ids[before:]  # an empty answer: the position that ended it
-        columns = (torch.tensor(self.ids) == data.IMAGE_TOKEN).nonzero().T.to(vlm.device)  # (1,P)
-        layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
-        out = vlm.lm(
-            inputs_embeds=vlm.embed(torch.tensor([rows], device=vlm.device)),
-            cache=beginning(self.cache, before)[0],
-            requests=dict.fromkeys(layers, VisualAttention(slice(0, len(rows)), columns)),
-            logits=False,
-        )
-        maps = torch.cat(list(out.attentions.values()))  # k of (1,R,P) -> (k,R,P)
-        return pictures.on_patches(vlm, maps.mean((0, 1)))
-
-    def save_attention(self) -> Path:
-        """The picture under the question, and where the model looked under its answer -> a new PNG's name."""
-        seen = pictures.heat(self.picture, self.attention())
-        file = next(file for i in count(1) if not (file := Path(f"attention-{i}.png")).exists())
-        row = [(self.question, pictures.enlarge(self.picture)), (self.answer, seen)]
-        pictures.sheet([[(pictures.fit(text, 2), image) for text, image in row]], file)
-        return file
+            shown = text
 
 
 def beginning(cache: Cache, tokens: int) -> tuple[Cache, int]:
@@ -160,8 +125,6 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
             elif command == "/new":
                 chat = Conversation(vlm, chat.picture)
                 print("A new conversation" + (", about the same picture." if chat.picture else "."))
-            elif command == "/attention":
-                print(chat.save_attention())
             elif command.startswith("/"):
                 print(HELP if command == "/help" else f"{command} is no command; /help lists them")
             elif line:

@@ -27,9 +27,10 @@ def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: st
     Mean over heads, understanding layers and text queries.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
-    request, _ = lean.request_rows(batch, "text")
-    requests = dict.fromkeys(distill.understanding_layers(vlm.config.text.num_hidden_layers), request)
-    out = vlm(batch["input_ids"], batch["pixel_values"], requests=requests, logits=False)
+    attend, _ = lean.visual_attention_of(batch, "text")
+    layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
+    inputs = batch["input_ids"], batch["pixel_values"]
+    out = vlm(*inputs, attention=dict.fromkeys(layers, attend), logits=False)
     return on_patches(vlm, torch.cat(list(out.attentions.values())).mean((0, 1)))  # k of (1,R,P) -> (P,)
 
 

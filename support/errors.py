@@ -14,21 +14,23 @@ class BadInput(ValueError):
 
 def sentence(error: Exception) -> str:
     """What to tell the user: the last line, without the trace that a DataLoader's worker puts before it."""
-    return str(error).strip().splitlines()[-1].removeprefix("support.errors.BadInput: ")
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].removeprefix("support.errors.BadInput: ")
 
 
 @contextmanager
 def one_sentence(stopped: str = "stopped") -> Iterator[None]:
-    """Around a whole program: what went wrong becomes `error: SENTENCE` and exit status 1.
+    """Around a whole program: what the user can mend becomes `error: SENTENCE` and exit status 1.
 
-    Ctrl-C and SIGTERM end it with `stopped`. Any other error is ours, and keeps its traceback.
+    That is BadInput, and what the system says of files (OSError). Ctrl-C and SIGTERM end it with `stopped`.
+    Any other error is ours, or of a change that somebody is trying out, and keeps its traceback.
     """
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
     try:
         yield
     except KeyboardInterrupt:
         sys.exit(stopped)
-    except (ValueError, OSError) as error:  # BadInput, what distill.py says of layers, a full disk
+    except (BadInput, OSError) as error:
         sys.exit(f"error: {sentence(error)}")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -299,7 +299,8 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
         items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
         pairs = [(item["filename"], item["caption"], item["negative_caption"]) for item in items]
         composition[kind] = [(world / "images" / name, *captions) for name, *captions in pairs]
-    return tuple({kind: rows[:limit] for kind, rows in items.items()} for items in (recognition, composition))
+    recognition = {kind: rows[:limit] for kind, rows in recognition.items()}
+    return recognition, {kind: rows[:limit] for kind, rows in composition.items()}
 
 
 def tiny_cases(world: Path) -> list[tuple[Path, str]]:

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import data
 import model
+from distill import METHODS
 from evals import analyses
 from evals.analyses import Guided, Question
 from helpers import in_full
@@ -121,6 +123,8 @@ def test_which_layers_are_compared():
     assert real[8] == list(range(12, 20)) and real[16] == list(range(20, 28))  # groups, as in training
     assert [real[i] for i in (0, 7, 17, 23)] == [[0], [12], [29], [39]]  # (i + 1/2) / 24 of 40
     assert analyses.matched(7, 7) == [[i] for i in range(7)]
+    later = replace(METHODS["compodistill"], layers="later")
+    assert analyses.matched(5, 6, later) == [[0], [1], [3], [4], [5]]  # layers 4 of 5 and 5 of 6
 
 
 def right_probability(vlm, question):
@@ -140,7 +144,7 @@ def maps_of(vlm, question):
     """Head means (L,T,T) of one prompt alone."""
     ids, pixels, columns = prompt_of(vlm, question)
     layers = range(len(vlm.lm.model.layers))
-    whole = vlm(ids, pixels, requests=in_full(*layers)).attentions
+    whole = vlm(ids, pixels, attention=in_full(*layers)).attentions
     return [whole[layer][0].mean(0).detach().numpy().astype(float) for layer in layers], columns
 
 
@@ -225,17 +229,17 @@ def test_a_guide_changes_its_layer_and_what_follows():
     lm, ids, columns = random_lm(), torch.randint(0, 61, (2, 8)), torch.tensor([[1, 2, 3], [4, 2, 3]])
     maps = torch.rand(2, 8, 3).tril(-1)
     guide = Guided(maps, columns, 0.5)
-    plain = lm(ids, requests=in_full(0, 1, 2))
-    forced = lm(ids, requests=in_full(0, 2) | {1: guide})
+    plain = lm(ids, attention=in_full(0, 1, 2))
+    forced = lm(ids, attention=in_full(0, 2) | {1: guide})
     torch.testing.assert_close(forced.attentions[0], plain.attentions[0])
     assert forced.attentions[1] is None
     assert (forced.attentions[2] - plain.attentions[2]).abs().max() > 1e-3
-    changed = lm(ids, requests={1: guide}).hidden
+    changed = lm(ids, attention={1: guide}).hidden
     torch.testing.assert_close(changed, forced.hidden)
     assert (changed - plain.hidden).abs().max() > 1e-3
     padded = torch.cat([ids, torch.zeros(2, 2, dtype=torch.long)], 1)  # rows after the prompt change nothing
     more = {1: Guided(torch.cat([maps, torch.rand(2, 2, 3)], 1), columns, 0.5)}
-    torch.testing.assert_close(lm(padded, requests=more).hidden[:, :8], changed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm(padded, attention=more).hidden[:, :8], changed, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
@@ -243,9 +247,9 @@ def test_a_guide_changes_its_layer_and_what_follows():
 def test_a_single_heads_own_map_changes_nothing(share):
     lm = random_lm(num_attention_heads=1, num_key_value_heads=1)
     ids, columns = torch.randint(0, 61, (2, 8)), torch.tensor([[1, 2, 3], [4, 5, 6]])
-    plain = lm(ids, requests=dict.fromkeys(range(3), VisualAttention(slice(0, 8), columns)))
+    plain = lm(ids, attention=dict.fromkeys(range(3), VisualAttention(slice(0, 8), columns)))
     guides = {layer: Guided(own, columns, share) for layer, own in plain.attentions.items()}
-    torch.testing.assert_close(lm(ids, requests=guides).hidden, plain.hidden, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(lm(ids, attention=guides).hidden, plain.hidden, rtol=1e-4, atol=1e-5)
 
 
 def slow_logits(vlm, question, goals, share):
@@ -358,9 +362,9 @@ def test_maps_do_not_fill_memory():
     text = VisualAttention(slice(340, T), torch.arange(T).expand(2, -1))
     guides = {layer: Guided(torch.rand(2, T, 300).tril(-20), columns, 0.5) for layer in (2, 3, 4)}
 
-    def peak(requests=None):
+    def peak(attention=None):
         with LiveBytes() as live:
-            lm(ids, requests=requests, logits=False)
+            lm(ids, attention=attention, logits=False)
         return live.peak
 
     one = 4 * 2 * 8 * T * T  # bytes of one layer's map with heads
@@ -459,8 +463,8 @@ def test_rows_of_groups_and_interventions():
     cosine[::2, 2] += 0.02
     cosine[1::2, 3] -= 0.02
     probability = np.repeat([0.1, 0.2, 0.3, 0.4, 0.5] * 2, 2) + np.tile([0.05, -0.05], 10)
-    seen = analyses.Observed(probability, {}, {"image": cosine})
-    observed = {"compositional": {"teacher": analyses.Observed(probability, {}, {}), "S": seen}}
+    seen = analyses.Observed(probability, {}, {"image": cosine}, [2, 3])
+    observed = {"compositional": {"teacher": analyses.Observed(probability, {}, {}, [2, 3, 4]), "S": seen}}
     groups, correlations = analyses.group_rows(observed, {"compositional": pairs})
     assert [row["probability"] for row in groups] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
     assert [row["similarity"] for row in groups] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
@@ -515,11 +519,12 @@ def made_up_study(sft, forced, aligned, rng):
     def seen(n, image, follows):
         noise = rng.random(n // 2).repeat(2)
         cosine = {"image": np.tile(image + 0.1 * noise[:, None], 5), "text": np.full((n, 5), 0.6)}
-        return analyses.Observed(0.5 + 0.4 * noise if follows else rng.random(n), mass(n, 5), cosine)
+        right = 0.5 + 0.4 * noise if follows else rng.random(n)
+        return analyses.Observed(right, mass(n, 5), cosine, [2, 3])
 
     observed = {
         items: {
-            "teacher": analyses.Observed(np.ones(n), mass(n, 6), {}),
+            "teacher": analyses.Observed(np.ones(n), mass(n, 6), {}, [2, 3, 4]),
             "sft": seen(n, 0.3, True),
             "kd": seen(n, 0.4, True),
             "compodistill": seen(n, 0.8, False),

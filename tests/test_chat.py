@@ -15,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +26,6 @@ import model
 from data import IMAGE_TOKEN
 from evals import chat
 from evals.chat import Conversation
-from helpers import in_full
 from support import layouts
 from support.errors import BadInput
 from support.world import make_world
@@ -350,7 +348,6 @@ def test_after_ctrl_c_the_conversation_is_sound(layer, call, turn, noise):
         assert talk.ids == before
     else:
         assert len(talk.ids) == talk.start + 3 and talk.ids[: len(before)] == before
-        assert talk.attention().shape == (2, 2)
     before = list(talk.ids)
     list(talk.ask("And é?", 5))
     asked = CHAT_NEXT if before else CHAT.replace("What is it?", "And é?")
@@ -378,7 +375,7 @@ def test_the_models_length_is_the_end(noise):
     before = list(talk.ids)
     with pytest.raises(BadInput, match="leaves none for an answer; begin another with /new"):
         list(talk.ask("And é?"))
-    assert talk.ids == before and talk.attention().shape == (2, 2)
+    assert talk.ids == before
 
 
 @pytest.mark.parametrize("question", ["\udce4", "a <image> b"])
@@ -387,63 +384,6 @@ def test_a_question_that_cannot_be_put_changes_nothing(question, noise):
     with pytest.raises(BadInput, match="UTF-8|<image>"):
         list(talk.ask(question))
     assert talk.ids == []
-
-
-# ---------------------------------------------------------------- where it looked
-
-
-@pytest.mark.parametrize("drop", [False, True], ids=["all patches", "first patch dropped"])
-@pytest.mark.parametrize("turns", [1, 2])
-@torch.no_grad()
-def test_attention_is_that_of_the_answering_positions(turns, drop, noise):
-    """Against the whole maps of a plain forward pass over the conversation."""
-    vlm = talker("chatml", drop_first_patch=drop)
-    talk = Conversation(vlm, noise)
-    for question in QUESTIONS[:turns]:
-        list(talk.ask(question, 6))
-    ids = torch.tensor([talk.ids])
-    maps = vlm(ids, data.preprocess(noise, 28)[None], requests=in_full(0, 1, 2)).attentions
-    columns = (ids[0] == IMAGE_TOKEN).nonzero()[:, 0]
-    rows = range(len(talk.ids) - 7, len(talk.ids) - 1)  # each is followed by a token of the answer
-    both = (maps[1] + maps[2])[0].mean(0) / 2  # of three layers the second and third begin in 30 to 70 %
-    expected = both[list(rows)].mean(0)[columns]
-    shown = talk.attention()
-    assert shown.shape == (2, 2)
-    assert np.allclose(shown.ravel()[int(drop) :], expected.numpy(), atol=1e-6)
-    assert not drop or shown[0, 0] == 0
-    assert np.array_equal(talk.attention(), shown)  # looking changes nothing
-    list(talk.ask("Where?", 4))
-    assert talk.ids[talk.start :] == fresh(vlm, talk.ids[: talk.start], noise, 4)
-
-
-@torch.no_grad()
-def test_of_an_empty_answer_it_is_the_position_that_ended_it(noise):
-    vlm = talker()
-    ids, pixels = torch.tensor([ids_of(vlm.tokenizer, CHAT)]), data.preprocess(noise, 28)[None]
-    stop = vlm.stop_ids[0]
-    vlm.lm.lm_head.weight.zero_()[stop] = vlm(ids, pixels).hidden[0, -1]
-    talk = Conversation(vlm, noise)
-    assert "".join(talk.ask("What is it?")) == "" and talk.ids == ids[0].tolist()
-    maps = vlm(ids, pixels, requests=in_full(1, 2)).attentions
-    expected = (maps[1] + maps[2])[0].mean(0)[-1, ids[0] == IMAGE_TOKEN] / 2
-    assert np.allclose(talk.attention().ravel(), expected.numpy(), atol=1e-6) and expected.min() > 1e-4
-
-
-def test_the_pictures_of_attention_get_new_names(noise, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    talk = Conversation(talker(), noise)
-    with pytest.raises(BadInput, match="no answer about a picture yet"):
-        talk.save_attention()
-    list(talk.ask("What is it?", 3))
-    assert [str(talk.save_attention()) for _ in range(2)] == ["attention-1.png", "attention-2.png"]
-    with Image.open("attention-1.png") as sheet:
-        assert sheet.format == "PNG" and sheet.width > 480 < 2 * sheet.height
-        left, right = (sheet.crop((x, 60, x + 240, 296)) for x in (14, 268))
-        assert np.asarray(left).mean() > np.asarray(right).mean()  # the heat darkens what is not looked at
-    blind = Conversation(talker())
-    list(blind.ask("What is it?", 3))
-    with pytest.raises(BadInput, match="no answer about a picture yet"):
-        blind.attention()
 
 
 # ---------------------------------------------------------------- the command
@@ -495,24 +435,21 @@ def test_a_prompt_without_a_terminal(noise, tmp_path, monkeypatch, capsys):
     vlm.save(tmp_path / "model")
     (tmp_path / "broken.png").write_bytes(noise.read_bytes()[:300])
     lines = [
-        b"What?", b"/attention", b"/image", b"/image nothing.png", b"/image broken.png", b"/attention",
-        b"", b"/what", b"caf\xe9 <image>", b"caf\xe9", b"/image %s" % bytes(noise), b"/attention", b"/new",
-        b"What?", b"/attention", b"/help",
+        b"What?", b"/image", b"/image nothing.png", b"/image broken.png", b"", b"/what", b"caf\xe9 <image>",
+        b"caf\xe9", b"/image %s" % bytes(noise), b"/new", b"What?", b"/help",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), encoding="utf-8"))
     chat.run(arguments("--model", tmp_path / "model"))
     out = capsys.readouterr().out.removeprefix("No picture. Ask, or /help.\n")
     out = out.replace("<image>", "MARK").split("> ")
     expected = [
-        "", "yes", "error: there is no answer about a picture", "error: /image needs", "error: nothing.png",
-        "error: broken.png cannot be read", "error: there is no answer", "", "/what is no command",
-        "error: MARK stands in a question", "yes", f"{noise}. A new conversation.", "error: there is no",
-        "A new conversation, about the same picture.", "yes", "attention-1.png", chat.HELP, "",
+        "", "yes", "error: /image needs", "error: nothing.png", "error: broken.png cannot be read", "",
+        "/what is no command", "error: MARK stands in a question", "yes", f"{noise}. A new conversation.",
+        "A new conversation, about the same picture.", "yes", chat.HELP, "",
     ]  # fmt: skip
     assert len(out) == len(expected)
     for got, wanted in zip(out, expected):
         assert got.startswith(wanted) and (wanted == chat.HELP or got.count("\n") <= 1)
-    assert (tmp_path / "attention-1.png").exists()
 
 
 # ---------------------------------------------------------------- real processes
@@ -601,11 +538,9 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_ends(endless, noise, tmp_path)
         terminal.type("\x03").until("(stopped)\n> ")
         terminal.type("/image broken.png\r").until("error: broken.png cannot be read as a picture")
         terminal.until("> ")
-        terminal.type("/attention\r").until("attention-1.png\n> ")  # of the answer that was stopped
         terminal.type("And now?\r").until("yes, oléolé")  # the conversation goes on
         terminal.type("\x03").until("(stopped)\n> ")
         assert terminal.ctrl_c().status() == 0
-    assert sorted(os.listdir(tmp_path)) == ["attention-1.png", "broken.png"]
 
 
 def test_ctrl_d_ends_and_lines_have_a_history(endless, tmp_path):

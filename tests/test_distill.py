@@ -44,7 +44,6 @@ MAP_LOSSES = {"cosine": "cosine", "cosine-rows": "cosine-rows", "mse": "mse", "k
 MAP_LOSSES["released"] = "released"
 LOGIT_LOSSES = ["kl", "kl unshifted", "lm"]
 ALL_LOSSES = [*MAP_LOSSES, *LOGIT_LOSSES]
-assert set(MAP_LOSSES.values()) == set(DISTANCES), "a distance without its tests"
 
 
 def mean(loss):
@@ -88,6 +87,11 @@ def value_and_gradient(name, student, teacher, rows):
     total, count = evaluate(name, student, teacher, rows)
     total.backward()
     return total.detach(), count, student.grad
+
+
+def test_every_distance_has_its_tests():
+    """Add a new one to MAP_LOSSES, and a case worked by hand to test_attention_loss_by_hand."""
+    assert set(MAP_LOSSES.values()) == set(DISTANCES)
 
 
 # ---------------------------------------------------------------- golden values
@@ -537,6 +541,8 @@ def test_unknown_names_are_named():
         visual_attention_loss(torch.rand(1, 1, 2, 2), torch.rand(1, 1, 2, 2), mask("11"), "l1")
     with pytest.raises(ValueError, match="middle"):
         choose_layers("middle", 24, False)
+    with pytest.raises(ValueError, match="none of them"):
+        query_rows(batch_of(torch.zeros(1, 2, dtype=torch.long), mask("11")), "none of them")
 
 
 def test_group_mean_by_hand():
@@ -717,11 +723,25 @@ def test_distillation_loss_is_the_weighted_sum_of_its_terms():
     )
 
 
-def test_a_distance_of_another_shape_is_counted_by_its_shape():
-    """Values a row are counted in rows, whatever DISTANCES says: so train.py sees the difference."""
+def test_a_distance_is_counted_by_the_shape_of_its_values(monkeypatch):
+    """Whatever DISTANCES says it counts, so that train.py sees the difference; other shapes are refused."""
     maps, rows = torch.rand(1, 2, 4, 3), mask("0111", "0011")
     assert visual_attention_loss(maps, maps, rows, "cosine").count == 2
     assert visual_attention_loss(maps, maps, rows, "cosine-rows").count == 5
+    for function in (lambda s, t, rows: F.l1_loss(s, t), lambda s, t, rows: s - t):  # a number, a map
+        monkeypatch.setitem(DISTANCES, "new", distill.Distance(function, "rows"))
+        with pytest.raises(ValueError, match="neither one a sample, .2,., nor one a row, .2, 4."):
+            visual_attention_loss(maps, maps, rows, "new")
+
+
+def test_maps_and_rows_must_fit_each_other():
+    """Maps with heads, where there are as many heads as samples, would be masked by the wrong dimension."""
+    with_heads, rows = torch.rand(1, 2, 2, 4, 3), mask("0111", "0011")
+    with pytest.raises(ValueError, match="do not fit rows"):
+        visual_attention_loss(with_heads, with_heads, rows)
+    maps = torch.rand(2, 2, 4, 3)
+    with pytest.raises(ValueError, match="zip"):
+        visual_attention_loss(maps, maps[:1], rows)
 
 
 # ---------------------------------------------------------------- the whole path
@@ -738,10 +758,10 @@ def test_attention_gradient_stops_at_the_highest_matched_layer():
     real, columns = mask("11111111", "11111110"), torch.tensor([[1, 2, 3, 4], [2, 3, 4, 5]])
     rows = query_rows(batch_of(columns, real), "all")
     batch = dict(pixel_values=torch.randn(2, 3, 16, 16), attention_mask=real)
-    request = lean.VisualAttention(lean.span(rows), columns)
-    ours = student(ids, requests=dict.fromkeys([1, 2], request), **batch).attentions
+    request = lean.VisualAttention(lean.shortest_slice(rows), columns)
+    ours = student(ids, attention=dict.fromkeys([1, 2], request), **batch).attentions
     with torch.no_grad():
-        theirs = teacher(ids, requests=dict.fromkeys([1, 2, 3], request), **batch).attentions
+        theirs = teacher(ids, attention=dict.fromkeys([1, 2, 3], request), **batch).attentions
     targets = group_mean(theirs, match_layers([1, 2], [1, 2, 3]))
     total, count = visual_attention_loss(ours.values(), targets, rows[:, request.rows])
     (total / count).backward()

@@ -102,7 +102,7 @@ def test_similarity_of_a_model_to_itself_and_by_hand(teacher, world, monkeypatch
             for picture, true, _ in rows:
                 sample = scorers.prompt(teacher, picture, f"True? {true}")
                 ids, pixels = torch.tensor([sample["input_ids"]]), sample["pixel_values"][None]
-                s, t = (vlm(ids, pixels, requests=in_full(2, 3, 4)).attentions for vlm in (student, teacher))
+                s, t = (vlm(ids, pixels, attention=in_full(2, 3, 4)).attentions for vlm in (student, teacher))
                 columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
                 for layer, group in ((2, (2, 3)), (3, (3, 4))):
                     a = s[layer][0].mean(0)[columns[-1] + 1 :, columns]
@@ -118,7 +118,7 @@ def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
     picture = world / "images/test-0.png"
     sample = scorers.prompt(teacher, picture, "What colour is the circle?")
     ids = torch.tensor([sample["input_ids"]])
-    maps = teacher(ids, sample["pixel_values"][None], requests=in_full(2, 3, 4)).attentions
+    maps = teacher(ids, sample["pixel_values"][None], attention=in_full(2, 3, 4)).attentions
     columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
     rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in (2, 3, 4)]
     shown = pictures.question_attention(teacher, picture, "What colour is the circle?")

@@ -20,7 +20,7 @@ import model
 import train
 from distill import DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
 from helpers import in_full
-from lean import VisualAttention, answer_losses, span
+from lean import VisualAttention, answer_losses, shortest_slice
 from support.world import TINY, make_world
 
 # ---------------------------------------------------------------- maps
@@ -70,11 +70,11 @@ def test_no_map_with_heads_is_kept():
     lm, T = tiny(max_position_embeddings=512), 300
     ids, columns = torch.randint(0, 61, (2, T)), torch.arange(5, 55).expand(2, 50)
 
-    def kept(requests=None):
+    def kept(attention=None):
         sizes = {}
         pack = lambda t: sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) or t  # noqa
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            out = lm(ids, requests=requests, logits=False)
+            out = lm(ids, attention=attention, logits=False)
         return out, sizes.values()
 
     heads = 4 * 2 * 4 * T * T  # bytes of one (B,H,T,S) map
@@ -93,15 +93,15 @@ def test_other_rows_are_never_computed(monkeypatch):
         lean, "probabilities", lambda q, k, m: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, m)
     )
     with torch.no_grad():
-        tiny()(IDS, requests=seen(slice(3, 8), 1))
+        tiny()(IDS, attention=seen(slice(3, 8), 1))
     assert shapes == [(2, 5), (2, 7), (1, 8)]
 
 
-def test_span_is_the_shortest_slice_with_all_queries():
-    assert span(mask("00110", "01000")) == slice(1, 4)
-    assert span(mask("11111")) == slice(0, 5)
-    assert span(mask("000", "001")) == slice(2, 3)
-    assert span(mask("000", "000")) == slice(0, 0)
+def test_the_shortest_slice_with_all_queries():
+    assert shortest_slice(mask("00110", "01000")) == slice(1, 4)
+    assert shortest_slice(mask("11111")) == slice(0, 5)
+    assert shortest_slice(mask("000", "001")) == slice(2, 3)
+    assert shortest_slice(mask("000", "000")) == slice(0, 0)
 
 
 def test_checkpointing_of_layers_changes_no_number():
@@ -110,7 +110,7 @@ def test_checkpointing_of_layers_changes_no_number():
     weight, results, calls = torch.randn(3, 9, 61), [], []
     for lm.checkpointing in (False, True):
         with Calls() as mode:
-            out = lm(IDS, requests=seen(slice(2, 9), 0, 1, 2))
+            out = lm(IDS, attention=seen(slice(2, 9), 0, 1, 2))
             maps = sum((i + 1) * m.square().sum() for i, m in out.attentions.items())
             loss = (out.logits * weight).sum() + maps
             results.append((loss, gradients(lm, loss)))
@@ -131,7 +131,7 @@ def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
     for length in (9, 7):
         results = []
         for which in (lm, fast):
-            out = which(IDS[:, :length], requests=seen(slice(1, length), 0))
+            out = which(IDS[:, :length], attention=seen(slice(1, length), 0))
             loss = out.logits.square().mean() + out.attentions[0].square().sum()
             results.append((out.logits, out.attentions[0], gradients(which, loss)))
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -258,14 +258,14 @@ def batch(pair, tmp_path_factory):
     return data.collate(samples)
 
 
-def step(pair, batch, method, stage="2", plain=False, totals=None):
+def step(pair, batch, method, stage="2", plain=False, totals=None, precision="fp32"):
     """Loss, terms and the gradient of every trained parameter of one step."""
     student, teacher = pair
     student.requires_grad_(True)
     student.vision.requires_grad_(False)
     student.adapter.teacher.requires_grad_(False)
     weights = method.weights[stage]
-    module = train.Step(student, teacher, method, weights, plain)
+    module = train.Step(student, teacher, method, weights, plain, precision)
     totals = totals or distill.loss_counts(batch, method, weights)
     loss, terms = module(batch, totals)
     names, parameters = zip(*[(n, p) for n, p in student.named_parameters() if p.requires_grad])
@@ -284,6 +284,7 @@ VARIED |= {
     "no KL": Method({"2": {"lm": 1.0, "adl": 1.0}}),
     "half the KL": Method({"2": {"lm": 1.0, "kl": 0.5, "adl": 3.0}}),
     "half the unshifted KL": Method({"2": {"lm": 1.0, "kl": 0.5}}, kl_shifted=False),
+    "KL alone": Method({"2": {"kl": 0.5}}),
 }
 
 
@@ -310,6 +311,34 @@ def test_a_step_of_plain_and_lean_is_one(pair, batch, monkeypatch, name, chunk):
         )
 
 
+@pytest.mark.parametrize("name", ["compodistill", "compodistill-rows", "released", "kd"])
+def test_plain_and_lean_are_one_in_bfloat16(pair, batch, monkeypatch, name):
+    """As near as each is to float32, whose distance from bfloat16 is what rounding does."""
+    monkeypatch.setattr(lean, "QUERY_ROWS", 7)
+    results = [
+        step(pair, batch, VARIED[name], plain=plain, precision=precision)
+        for plain, precision in ((False, "bf16"), (True, "bf16"), (True, "fp32"))
+    ]
+    (ours, _, g), (plain, _, g_plain), (exact, _, g_exact) = results
+    assert ours != exact and ours.item() == pytest.approx(plain.item(), rel=0.02)
+    norm, error, difference = (
+        torch.cat([(a[key] - (b[key] if b else 0)).flatten() for key in g_exact]).norm()
+        for a, b in ((g_exact, None), (g_plain, g_exact), (g, g_exact))
+    )
+    assert difference < 1.5 * error < 0.15 * norm
+
+
+@pytest.mark.parametrize("name", ["sft", "kd", "compodistill"])
+def test_stage_1_of_plain_and_lean_is_one(pair, batch, name):
+    """No attention is looked at, and without distillation no teacher."""
+    method = METHODS[name]
+    lean_step, plain_step = (step(pair, batch, method, "1", plain) for plain in (False, True))
+    torch.testing.assert_close(lean_step[0], plain_step[0], rtol=1e-5, atol=1e-5)
+    assert lean_step[1].keys() == method.weights["1"].keys()
+    for key, gradient in lean_step[2].items():
+        torch.testing.assert_close(gradient, plain_step[2][key], rtol=1e-4, atol=1e-5)
+
+
 def test_each_variant_is_another_loss(pair, batch):
     """Every distance, choice of rows, layers and matching reaches the loss: no two have the same terms, but
     those that are one method by two names.
@@ -331,7 +360,7 @@ def test_terms_by_hand(pair, batch):
     """Both forms return what a loop over samples, rows and layers finds in whole maps and logits."""
     student, teacher = pair
     ids, labels, real = (batch[name] for name in ("input_ids", "labels", "attention_mask"))
-    s, t = (vlm(ids, batch["pixel_values"], requests=in_full(2, 3, 4)) for vlm in pair)
+    s, t = (vlm(ids, batch["pixel_values"], attention=in_full(2, 3, 4)) for vlm in pair)
     lm = kl = answers = 0
     distances, samples = [], []
     for b in range(len(ids)):

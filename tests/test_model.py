@@ -99,7 +99,7 @@ def test_golden_released_layout():
     features = vlm.image_features(pixels)
     assert torch.equal(features, vlm.vision(pixels, layer=-2).features[:, 1:])
     torch.testing.assert_close(vlm.adapter(features), RELEASED["visual_tokens"], **GOLDEN_CLOSE)
-    out = vlm(RELEASED_IDS, pixels, requests=in_full(1))
+    out = vlm(RELEASED_IDS, pixels, attention=in_full(1))
     torch.testing.assert_close(out.logits, RELEASED["logits"], **GOLDEN_CLOSE)
     torch.testing.assert_close(out.attentions[1], RELEASED["attention_layer1"], **GOLDEN_CLOSE)
     torch.testing.assert_close(vlm(RELEASED_IDS, pixels).logits, RELEASED["logits"], **GOLDEN_CLOSE)

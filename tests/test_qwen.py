@@ -87,7 +87,7 @@ def test_logits_and_attention_equal_transformers(shape, tmp_path):
     layers = range(len(ours.model.layers))
     for mask in (torch.ones_like(RIGHT), RIGHT):
         expected = theirs(IDS, attention_mask=mask.long(), output_attentions=True)
-        out = ours(IDS, mask, requests=in_full(*layers))
+        out = ours(IDS, mask, attention=in_full(*layers))
         torch.testing.assert_close(out.logits[mask], expected.logits[mask], **CLOSE)
         torch.testing.assert_close(ours(IDS, mask).logits[mask], expected.logits[mask], **CLOSE)
         assert list(out.attentions) == list(layers)
@@ -126,7 +126,7 @@ def test_loads_in_the_dtype_asked_for(tmp_path):
     ours = model.load_lm(tmp_path, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in ours.state_dict().values()} == {torch.bfloat16}
     expected = theirs.to(torch.bfloat16)(IDS).logits
-    out = ours(IDS, requests=in_full(0))
+    out = ours(IDS, attention=in_full(0))
     assert out.logits.dtype == torch.bfloat16 and out.attentions[0].dtype == torch.float32
     difference = (out.logits.float() - expected.float()).abs().mean() / expected.float().abs().mean()
     assert difference < 0.02
@@ -143,7 +143,7 @@ def test_explicit_path_equals_sdpa(kv_heads, mask, layers):
     lm = tiny(num_key_value_heads=kv_heads)
     real = torch.ones_like(RIGHT) if mask is None else mask
     weight = torch.randn(3, 9, 61)
-    fast, looked = lm(IDS, mask), lm(IDS, mask, requests=in_full(*layers))
+    fast, looked = lm(IDS, mask), lm(IDS, mask, attention=in_full(*layers))
     assert fast.attentions == {} and set(looked.attentions) == set(layers)
     torch.testing.assert_close(looked.logits[real], fast.logits[real], **CLOSE)
     expected = gradients(lm, (fast.logits * weight)[real].sum())
@@ -158,7 +158,7 @@ def test_explicit_path_equals_sdpa(kv_heads, mask, layers):
 @pytest.mark.parametrize("layer", [-1, 3])
 def test_a_layer_that_is_not_there_is_an_error(layer):
     with pytest.raises(ValueError, match="layers 0 to 2"):
-        tiny()(IDS, requests=in_full(0, layer))
+        tiny()(IDS, attention=in_full(0, layer))
 
 
 # ---------------------------------------------------------------- positions, causality, padding
@@ -199,7 +199,7 @@ def test_explicit_attention_by_hand():
 def test_a_token_changes_nothing_before_it(layers):
     lm, changed = tiny(), IDS.clone()
     changed[:, 5] = (IDS[:, 5] + 1) % 61
-    before, after = (lm(ids, requests=in_full(*layers)).logits for ids in (IDS, changed))
+    before, after = (lm(ids, attention=in_full(*layers)).logits for ids in (IDS, changed))
     torch.testing.assert_close(after[:, :5], before[:, :5], rtol=0, atol=1e-6)
     assert ((after - before)[:, 5:].abs().amax(-1) > 1e-3).all()  # at its place and at every later one
 
@@ -224,7 +224,7 @@ def test_padding_is_never_read(mask, layers):
 @pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
 @torch.no_grad()
 def test_attention_rows_are_distributions_over_what_may_be_seen(mask):
-    out = tiny()(IDS, mask, requests=in_full(0, 1, 2))
+    out = tiny()(IDS, mask, attention=in_full(0, 1, 2))
     real = torch.ones_like(RIGHT) if mask is None else mask
     for maps in out.attentions.values():
         torch.testing.assert_close(maps.sum(-1), torch.ones(3, 4, 9))
@@ -340,7 +340,7 @@ def test_checkpointing_runs_layers_again_and_changes_no_number():
     weight, results, calls = torch.randn(3, 9, 61), [], []
     for lm.checkpointing in (False, True):
         with Calls() as mode:
-            out = lm(IDS, requests=in_full(1))
+            out = lm(IDS, attention=in_full(1))
             loss = (out.logits * weight).sum() + out.attentions[1].square().sum()
             results.append((loss, gradients(lm, loss)))
         calls.append(mode.number[silu])

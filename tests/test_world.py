@@ -181,7 +181,7 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypatch, number):
+def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypatch, capsys, number):
     """Asked to stop in the middle of a language model, and again in a stage of the teacher: one sentence each
     time, what is whole stays, and the same command ends with the models of the command that nobody stopped.
     """
@@ -190,14 +190,19 @@ def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypat
         make_world(tmp_path / out / "world", tune=64, pretrain=64, per_kind=2)
     argv = ["make", "--steps", "4", "--out"]
     main([*argv, str(tmp_path / "whole")])
-    for module, name in ((tiny.make, "pretrain_text"), (train, "learning_rate")):
+
+    def stopped(module, name):
         plain = getattr(module, name)
         with monkeypatch.context() as patch:
-            patch.setattr(
-                module, name, lambda *these, plain=plain: signal.raise_signal(number) or plain(*these)
-            )
-            with pytest.raises(SystemExit, match="stopped.*the same command goes on"):
-                main([*argv, str(tmp_path / "parts")])
+            patch.setattr(module, name, lambda *these: signal.raise_signal(number) or plain(*these))
+            main([*argv, str(tmp_path / "parts")])
+
+    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+        stopped(tiny.make, "pretrain_text")
+    assert (tmp_path / "parts/vision").exists() and not (tmp_path / "parts/teacher-lm").exists()
+    capsys.readouterr()
+    stopped(train, "learning_rate")
+    assert "stopped after step 0" in capsys.readouterr().out and not (tmp_path / "parts/teacher").exists()
     main([*argv, str(tmp_path / "parts")])
     for name in ("vision", "teacher-lm", "student", "teacher"):
         one, other = (load_file(tmp_path / out / name / "model.safetensors") for out in ("whole", "parts"))

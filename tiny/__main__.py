@@ -5,7 +5,7 @@
     python -m tiny story                             # does the paper's argument hold? analyses and a report
     python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
 
-A command that was stopped goes on when it is given again.
+The main job and `make`, when they were stopped, go on with the same command.
 """
 
 import argparse

@@ -68,7 +68,7 @@ def make_tiny(args: argparse.Namespace) -> None:
         try:
             make_teacher(args.out, made)
         except Stopped as stopped:
-            raise BadInput(str(stopped)) from None
+            return print(stopped)
     print(f"{args.out}: vision, {', '.join(SIZES)}, teacher")
 
 

@@ -13,6 +13,7 @@ import torch
 
 import distill
 import lean
+from distill import METHODS, Method
 from evals import scorers
 from evals.benchmarks import markdown
 from evals.scorers import Ask
@@ -47,24 +48,27 @@ def paired_yes(vlm: VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
 
 
 @torch.no_grad()
-def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | None = 100) -> float:
+def attention_similarity(
+    student: VLM, teacher: VLM, world: Path, limit: int | None = 100, method: Method = METHODS["compodistill"]
+) -> float:
     """How much the student looks where its teacher looks, from -1 to 1.
 
     The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
-    each kind and over the understanding layers, each against the mean of its teacher group.
+    each kind and over the layers that the method aligns, each against the mean of its teacher layers.
+    ValueError: another number of layers, visual tokens or words than this teacher can be compared with.
     """
-    student_layers = distill.understanding_layers(student.config.text.num_hidden_layers)
-    teacher_layers = distill.understanding_layers(teacher.config.text.num_hidden_layers)
+    depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
+    student_layers, teacher_layers = distill.aligned_layers(method, *depths)
     _, composition = tiny_items(world, limit)
     pairs = [pair for kind in composition.values() for pair in kind]
     samples = (scorers.prompt(student, picture, caption_question(true)) for picture, true, _ in pairs)
     distance = count = 0
     for batch in scorers.batches(samples, student.device):
-        request, rows = lean.request_rows(batch, "text")
+        attend, rows = lean.visual_attention_of(batch, "text")
         inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
-        ours = student(**inputs, requests=dict.fromkeys(student_layers, request)).attentions
-        theirs = teacher(**inputs, requests=dict.fromkeys(teacher_layers, request)).attentions
-        targets = distill.matched_targets(ours, theirs, rows, "group")
+        ours = student(**inputs, attention=dict.fromkeys(student_layers, attend)).attentions
+        theirs = teacher(**inputs, attention=dict.fromkeys(teacher_layers, attend)).attentions
+        targets = distill.matched_targets(ours, theirs, rows, method.matching)
         term = distill.visual_attention_loss(ours.values(), targets, rows, "cosine-rows")
         distance, count = distance + term.sum.item(), count + term.count.item()
     return 1 - distance / count

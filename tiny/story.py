@@ -6,6 +6,7 @@ Whether a claim holds is read off its 95 % interval, and no sentence says more t
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from evals.analyses import (
     ALIGNED,
     ANALYSES,
     FAMILIES,
+    PAPER,
     PLAIN,
     WAYS,
     Study,
@@ -253,11 +255,14 @@ def story(args: argparse.Namespace) -> None:
     students, missing = find_students(args)
     args.out = args.out or Path("out/story")
     with output_folder(args.out) as folder:
-        models, world = load_models(args.teacher, students), make_world(args.world or args.runs / "world")
+        method = replace(PAPER, layers=args.layers)
+        models = load_models(args.teacher, students, method)
+        world = make_world(args.world or args.runs / "world")
         questions = world_questions(world, args.limit)
         items = [(question.picture, question.text, question.answer) for question in questions["recognition"]]
         recognised = {name: np.array(exact_answers(vlm, items)) for name, vlm in models.items()}
-        study = analyse(models, questions, tiny_cases(world), list(ANALYSES), folder, args.batch_size)
+        cases = tiny_cases(world)
+        study = analyse(models, questions, cases, list(ANALYSES), folder, args.batch_size, method)
         text = report(study, recognised, missing, (folder / "attention.png").exists())
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")
         links = {name: claims(study) for name, claims in LINKS.items()}

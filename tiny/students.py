@@ -66,7 +66,8 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
     waiting, running = [], []
     for name in reversed(STUDENTS):  # the slow ones first: they share the cores best
         argv = ["--method", name, "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
-        print(f"  python train.py {' '.join(argv)}")
+        if not args.steps:  # else their stages have other numbers of steps than train.py's
+            print(f"  python train.py {' '.join(argv)}")
         waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
     total = len(STUDENTS) * sum(steps.values())
     with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
@@ -98,7 +99,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
-    except (ValueError, OSError) as error:
+    except (BadInput, OSError) as error:
         sys.exit(f"{args.name}: {sentence(error)}")
 
 

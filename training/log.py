@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 from support.checkpoint import write_atomically
+from support.errors import BadInput
 from support.ranks import barrier, rank_and_ranks
 from training.recipes import Config
 
 
-class Seen(NamedTuple):
-    """What was in a step, of all ranks together."""
+class StepSize(NamedTuple):
+    """How much was in a step, of all ranks together."""
 
     samples: int
     tokens: int  # without padding
@@ -36,6 +37,7 @@ class Log:
 
     def __init__(self, run: Path, start: int, steps: int, c: Config):
         self.rank, self.quiet, self.start, self.steps = rank_and_ranks()[0], c.quiet, start, steps
+        self.max_bad_share = c.max_bad_share
         self.file, self.bad_file = run.with_suffix(".jsonl"), run.with_suffix(".bad.jsonl")
         self.nan_file = run.with_suffix(f".nan-rank{self.rank}.json")
         if self.rank == 0:
@@ -58,12 +60,19 @@ class Log:
     def __exit__(self, *_) -> None:
         self.bar.close()  # before anything else is printed
 
-    def count(self, seen: Seen) -> None:
-        """One step more."""
-        self.samples += seen.samples
-        self.tokens += seen.tokens
-        self.padded_tokens += seen.padded_tokens
+    def count(self, step: int, state: dict, size: StepSize) -> dict:
+        """One step more -> the state after it. BadInput where too many samples so far were bad."""
+        self.samples += size.samples
+        self.tokens += size.tokens
+        self.padded_tokens += size.padded_tokens
         self.bar.update()
+        samples, bad = state["samples"] + size.samples, state["bad"] + size.bad
+        if bad > self.max_bad_share * max(samples, 1000):
+            raise BadInput(
+                f"{bad} of {samples} samples are bad, more than --max-bad-share {self.max_bad_share:g} "
+                f"allows; {self.bad_file} lists them"
+            )
+        return {"step": step, "samples": samples, "bad": bad}
 
     def row(self, step: int, losses: dict[str, float], lr: float, norm: float, bad: int) -> None:
         """Write and print step's row; rates are means since the row before."""

@@ -23,11 +23,12 @@ def compute_dtype(precision: str, device: torch.device) -> AbstractContextManage
 
 
 def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
-    """The step (train.Step) as it is or, on many ranks, under DDP, or FSDP2, which shards the models' layers.
+    """The step (train.Step) as it is or, on many ranks, wrapped: `ddp` or `fsdp`.
 
-    DDP, distributed data parallel, has whole models on every rank. FSDP, fully sharded data parallel, outside
-    the layers shards what is trained; what is frozen there (vision encoder, P_t, with LoRA embedding and
-    head) stays whole on every rank, since it is needed in every step and has no optimizer.
+    DDP (distributed data parallel) has whole models on every rank. FSDP (fully sharded data parallel, torch's
+    second one) shards the layers of student and teacher, and outside the layers what is trained; what is
+    frozen there (vision encoder, P_t, with LoRA embedding and head) stays whole on every rank, since it is
+    needed in every step and has no optimizer.
     """
     if not dist.is_initialized():
         return step
@@ -47,7 +48,7 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
 
 
 def local_gradients(module: nn.Module, last: bool) -> AbstractContextManager:
-    """Around all micro-batches of a step: gradients travel between the ranks once, with the last one."""
+    """Around each micro-batch of a step: gradients travel between the ranks once, with the last one."""
     if hasattr(module, "set_requires_gradient_sync"):  # FSDP
         module.set_requires_gradient_sync(last)
     if isinstance(module, DistributedDataParallel) and not last:

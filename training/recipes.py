@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from distill import DISTANCES, LM, METHODS, SHARES, Method
+from distill import DISTANCES, LM, MATCHINGS, METHODS, ROWS, SHARES, Method
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, at_least
 from support.world import TINY
@@ -147,6 +147,12 @@ def has_teacher(stage: str, method: Method) -> bool:
     return bool(method.weights.get(stage, LM).keys() - LM.keys()) or (stage == "1" and method.taf)
 
 
+def needed_models(stage: str, method: Method) -> list[str]:
+    """The flags that name the models of a stage, but for what the stage before has made."""
+    taught, first = has_teacher(stage, method), stage not in BEFORE
+    return ["student"] * first + ["teacher"] * taught + ["vision"] * (first and not taught)
+
+
 def previous_output(stage: str, args: argparse.Namespace) -> str:
     """The folder that a stage starts from when --student does not say."""
     if stage not in BEFORE:
@@ -157,19 +163,23 @@ def previous_output(stage: str, args: argparse.Namespace) -> str:
         return str(folder)
     others = " or ".join(f"--student {other}" for other in sorted(args.out.glob(f"*/stage{before}")))
     others = f", or start from another: {others}" if others else ""
-    raise BadInput(f"{folder} is missing; make it with `{command_of(before, args.argv)}`{others}")
+    raise BadInput(f"{folder} is missing; make it with `{command_of(before, args)}`{others}")
 
 
-def command_of(stage: str, argv: list[str]) -> str:
-    """The command line of this program for another stage: the same flags, where its data are the same."""
-    program = f"torchrun --nproc-per-node {os.environ['WORLD_SIZE']}" if "RANK" in os.environ else "python"
-    words, flag = [*program.split(), "train.py", "--stage", stage], ""
-    for word in argv:
+def command_of(stage: str, args: argparse.Namespace) -> str:
+    """The command line of this program for another stage: the same flags, but for its models and data."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
+    program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
+    words, flag = [*program, "train.py", "--stage", stage], ""
+    for word in args.argv:
         flag = word.partition("=")[0] if word.startswith("--") else flag
         if flag not in ("--stage", "--data", "--images", "--student"):
             words.append(word)
-    if any(word.startswith("--data") for word in argv):
+    if args.data:
         words += ["--data", "CAPTIONS.json" if stage in ("0a", "1") else "TUNE.json", "--images", "FOLDER"]
+    if args.recipe == "paper":
+        missing = [name for name in needed_models(stage, args.method) if f"--{name}" not in words]
+        words += [word for name in missing for word in (f"--{name}", name.upper())]
     return shlex.join(words)
 
 
@@ -239,9 +249,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
     add("--vat-loss", choices=["none", *DISTANCES], help="VAT: the distance of attention maps, in stage 2")
     add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
-    add("--vat-queries", choices=["all", "image", "text"], help="rows of the maps that are compared")
+    add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*SHARES, "released"], help="aligned layers")
-    add("--matching", choices=["group", "simple", "adaptive"], help="of student and teacher layers")
+    add("--matching", choices=MATCHINGS, help="of student and teacher layers")
     add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
         "with lean.py's parts of them: the same losses, slower, more memory")
 
@@ -295,11 +305,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
     name, args.method = args.method, method_of(args, parser)
     if args.recipe == "paper":  # else a tiny model would quietly take the place of a real one
-        taught = has_teacher(args.stage, args.method)
-        asked = {"student": args.stage in ("0a", "1"), "teacher": taught}
-        asked["vision"] = asked["student"] and not taught
-        for flag, needed in asked.items():
-            if needed and flag not in given:
+        for flag in needed_models(args.stage, args.method):
+            if flag not in given:
                 parser.error(f"--recipe paper --stage {args.stage} --method {name}: give --{flag}")
     args.argv, args.quiet = argv, False
     return args

@@ -34,11 +34,14 @@ from support.ranks import barrier, rank_and_ranks
 # ---------------------------------------------------------------- which run is this
 
 
-def check_space(run: Path, needed: int) -> None:
-    """One sentence where the disk has not `needed` bytes free.
+def check_space(run: Path, student: nn.Module, keep: int) -> None:
+    """One sentence where the disk has no room for `keep` saves, one more while it is written, and the model.
 
     Saves that lie there already count as free: new ones take their place.
     """
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    whole = sum(p.numel() for p in student.parameters())
+    needed = 12 * trained * (keep + 1) + 4 * whole  # bytes: a weight and its two moments; a weight
     free = shutil.disk_usage(run).free + sum(file.stat().st_size for file in run.glob("step-*/*"))
     if free < needed:
         raise BadInput(
@@ -47,7 +50,7 @@ def check_space(run: Path, needed: int) -> None:
         )
 
 
-def claim(run: Path) -> IO | None:
+def lock_run(run: Path) -> IO | None:
     """One process at a time trains a run: rank 0 locks its folder until the returned file is closed."""
     if rank_and_ranks()[0] > 0:
         return None
