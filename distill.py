@@ -58,12 +58,13 @@ class TeacherAdapterFetch(nn.Module):
 # ---------------------------------------------------------------- VAT: which layers, and who matches whom
 
 
-SHARES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}  # of depth
+# The paper's names of layers: from which to which share of the depth.
+DEPTH_RANGES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}
 
 
 def understanding_layers(num_layers: int, which: str = "intermediate") -> list[int]:
     """The layers i with low * L <= i < high * L, counted from 0: of 24 layers 8..16, of 40 layers 12..27."""
-    low, high = SHARES[which]
+    low, high = DEPTH_RANGES[which]
     return [i for i in range(num_layers) if low <= i / num_layers < high]
 
 
@@ -86,8 +87,10 @@ def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
             )
         as_student, as_teacher = RELEASED_LAYERS[num_layers]
         return list(as_teacher if teacher else as_student)
-    if which not in SHARES:
-        raise ValueError(f"layers {which!r} are not known; choose released or one of {', '.join(SHARES)}")
+    if which not in DEPTH_RANGES:
+        raise ValueError(
+            f"layers {which!r} are not known; choose released or one of {', '.join(DEPTH_RANGES)}"
+        )
     return understanding_layers(num_layers, which)
 
 
@@ -210,7 +213,7 @@ def cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """1 - cos of each row of P -> (B,T). Ours: in one matrix the rows that look at it most outweigh all."""
+    """1 - cos of each row of P -> (B,T). Ours: no row outweighs another, however much it looks at the image."""
     return 1 - cosine(student, target)
 
 

@@ -40,7 +40,7 @@ import data
 import distill
 import lean
 import model
-from distill import METHODS, SHARES, Method
+from distill import DEPTH_RANGES, METHODS, Method
 from evals import benchmarks, figures, pictures, scorers
 from evals.answers import SHOWS
 from lean import VisualAttention
@@ -652,7 +652,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
     add(
         "--layers",
-        choices=[*SHARES, "released"],
+        choices=[*DEPTH_RANGES, "released"],
         default="intermediate",
         help="that are aligned, as in training (default: %(default)s)",
     )

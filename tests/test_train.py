@@ -278,7 +278,7 @@ HACKS = {  # what somebody may forget -> what the sentence says
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hack", HACKS)
 def test_half_a_loss_stops_the_run(one_rank, world, tmp_path, hack, ranks):
-    """A distance with a value a row that says that it counts samples; a weight without a count, or without a loss."""
+    """Values a row that are said to count samples; a weight without a count, or without a loss."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n{hack}\n"
     (tmp_path / "hack.py").write_text(program + "train.main(sys.argv[1:])\n")
     start = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from distill import DISTANCES, LM, MATCHINGS, METHODS, ROWS, SHARES, Method
+from distill import DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, at_least
 from support.world import TINY
@@ -250,7 +250,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--vat-loss", choices=["none", *DISTANCES], help="VAT: the distance of attention maps, in stage 2")
     add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
-    add("--layers", choices=[*SHARES, "released"], help="aligned layers")
+    add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
     add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
         "with lean.py's parts of them: the same losses, slower, more memory")
