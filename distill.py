@@ -57,7 +57,6 @@ class TeacherAdapterFetch(nn.Module):
 
 # ---------------------------------------------------------------- VAT: which layers, and who matches whom
 
-
 # The paper's names of layers: from which to which share of the depth.
 DEPTH_RANGES = {"intermediate": (0.3, 0.7), "early": (0.0, 0.3), "later": (0.7, 1.0), "all": (0.0, 1.0)}
 
@@ -213,7 +212,7 @@ def cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_cosine_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
-    """1 - cos of each row of P -> (B,T). Ours: no row outweighs another, however much it looks at the image."""
+    """1 - cos of each row of P -> (B,T). Ours: no row outweighs another by how much it looks at all."""
     return 1 - cosine(student, target)
 
 
