@@ -149,7 +149,7 @@ def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list
     """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P)."""
     means = []
     for first, *others in groups:
-        mean = teacher_maps[first] / (1 + len(others))
+        mean = teacher_maps[first] / (1 + len(others)) if others else teacher_maps[first]
         for layer in others:  # in place: a new map for each would cost more than the attention that made it
             mean.add_(teacher_maps[layer], alpha=1 / (1 + len(others)))
         means.append(mean)

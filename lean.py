@@ -80,6 +80,19 @@ def visual_attention_of(batch: dict, which: str) -> tuple[VisualAttention, Tenso
     return VisualAttention(some, batch["visual_columns"]), rows[:, some]
 
 
+def averaged(teacher: Output, student_layers: list[int], matching: str) -> Output:
+    """The teacher's output with its maps averaged over their groups: fewer to hold while the student runs.
+
+    They are k now, each matched to itself by `group` and by `simple`; adaptive matching chooses from all
+    maps.
+    """
+    if matching == "adaptive" or not teacher.attentions:
+        return teacher
+    groups = distill.match_layers(student_layers, list(teacher.attentions), matching)
+    means = distill.group_mean(teacher.attentions, groups)
+    return teacher._replace(attentions=dict(zip(student_layers, means)))
+
+
 # ---------------------------------------------------------------- logits: at the answers, a few at a time
 
 LOGIT_ROWS = 64
@@ -178,7 +191,8 @@ def distillation_loss(
     """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
 
     student, teacher: what their forward passes returned, without logits, with `visual_attention_of` the batch
-    in the layers to be aligned. heads: their output matrices (V,C). rows (B,R): which rows of the maps count.
+    in the layers to be aligned, the teacher's `averaged`. heads: their output matrices (V,C). rows (B,R):
+    which rows of the maps count.
     """
     of_teacher = (teacher.hidden, heads[1]) if "kl" in weights else None
     of_student = student.hidden, heads[0]

@@ -90,6 +90,8 @@ class Step(nn.Module):
                         attention=dict.fromkeys(self.teacher_layers, attend),
                         logits=self.plain,
                     )
+                    if not self.plain:
+                        t = lean.averaged(t, self.student_layers, self.method.matching)
             if self.method.taf and teacher is not None:
                 visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z)) (N,P,C_s)
             else:
