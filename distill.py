@@ -352,10 +352,10 @@ class Method:
     weights: Mapping[str, Mapping[str, float]]  # stage -> the terms of its loss, and their weights
     taf: bool = True  # the student fetches the teacher's adapter; else it has one of its own
     kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
-    distance: str = "cosine"  # of two attention maps: one of DISTANCES
-    rows: str = "all"  # the queries that are compared: all | image | text
-    layers: str = "intermediate"  # which are aligned: intermediate | early | later | all | released
-    matching: str = "group"  # of student and teacher layers: group | simple | adaptive; see MATCHINGS
+    distance: str = "cosine"  # of two attention maps, one of DISTANCES (--vat-loss)
+    rows: str = "all"  # the queries that are compared, one of ROWS (--vat-queries)
+    layers: str = "intermediate"  # those that are aligned: one of DEPTH_RANGES, or released
+    matching: str = "group"  # of student and teacher layers, one of MATCHINGS
 
 
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}

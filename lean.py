@@ -177,6 +177,8 @@ class _AnswerLosses(torch.autograd.Function):
 
 # ---------------------------------------------------------------- the whole method
 
+TERMS = {"lm", "kl", "adl"}  # the losses that have a lean form
+
 
 def distillation_loss(
     student: Output,

@@ -59,6 +59,10 @@ class Step(nn.Module):
         precision: str = "fp32",
     ):
         super().__init__()
+        if not plain and (
+            unknown := {name for terms in method.weights.values() for name in terms} - lean.TERMS
+        ):
+            raise BadInput(f"lean.py does not have the loss {', '.join(sorted(unknown))}: train with --plain")
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
@@ -129,7 +133,7 @@ def train(c: Config) -> Path:
     dataset = open_data(c, student)
     steps = c.steps or max(1, c.epochs * len(dataset) // c.global_batch)
     if resume.open_run(run, c.folder, recipes.identity(c, steps, dataset.records.files, len(dataset))):
-        print0(f"stage {c.stage}: finished already, {c.folder}")
+        print0(f"stage {c.stage}: finished already, {c.folder} (for changed code take another --name)")
         return c.folder
     resume.check_space(run, student, c.keep)
     size = sum(p.numel() for p in student.parameters() if p.requires_grad)
@@ -170,6 +174,8 @@ def train(c: Config) -> Path:
                     counts[name] = counts.get(name, 0) + term.count
             if step == start:
                 check_counts(counts, totals)
+                if c.recipe == "tiny" and not c.plain:  # small enough to compute both forms
+                    check_forms(step_module, micro_batches, totals)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
             rank_losses = [sums[name] / totals[name].clamp(min=1) for name in sums]  # they add up over ranks
@@ -229,16 +235,33 @@ def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
     """Stop where a loss is missing, or counted something else than it was divided by."""
     for name, total in totals.items():
         if name not in counts:
-            raise BadInput(
-                f"there is a weight for the loss {name}, which distillation_loss has not returned; where "
-                "only distill.py has it, and not lean.py, train with --plain"
-            )
+            raise BadInput(f"there is a weight for the loss {name}, which distillation_loss has not returned")
         counted = all_reduce(torch.as_tensor(counts[name], device=total.device).clone()).item()
         if counted != total.item():
             raise BadInput(
                 f"the loss {name} counts {counted} items on the first step, but was divided by "
                 f"{total.item()}: distill.loss_counts and the function that gives this loss disagree"
             )
+
+
+@torch.no_grad()
+def check_forms(step: Step, micro_batches: list[dict], totals: dict[str, Tensor]) -> None:
+    """Stop where distill.py has been changed, and lean.py, which is to compute the same, has not."""
+    tolerance = {"fp32": 1e-3, "bf16": 0.1}[step.precision]
+    step.student.eval()  # no dropout: it would be another one in each form
+    for batch in micro_batches:
+        forms = []
+        for step.plain in (True, False):
+            forms.append(step(batch, totals)[1])
+        for name in totals:
+            plain, of_lean = (form[name].sum.item() for form in forms)
+            same = math.isclose(plain, of_lean, rel_tol=tolerance, abs_tol=tolerance)
+            if not same and math.isfinite(plain + of_lean):  # else the step itself says so
+                raise BadInput(
+                    f"the loss {name} is {plain:.6g} in distill.py and {of_lean:.6g} in lean.py on the first "
+                    "step; where only distill.py is as it should be, train with --plain"
+                )
+    step.student.train()
 
 
 def open_data(c: Config, student: VLM) -> data.LlavaDataset:

@@ -267,11 +267,11 @@ def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
 HACKS = {  # what somebody may forget -> what the sentence says
     "distill.DISTANCES['cosine'] = distill.DISTANCES['cosine-rows']._replace(counts='samples')":
         r"the loss adl counts \d+ items on the first step, but was divided by 4: ",
-    "distill.METHODS['compodistill'].weights['2']['hidden'] = 1.0":
-        "stage 2 has weights for lm, kl, adl, hidden, and distill.loss_counts counts lm, kl, adl: ",
-    "counts = distill.loss_counts; distill.METHODS['compodistill'].weights['2']['hidden'] = 1.0\n"
-    "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'hidden': b['has_image'].sum()}":
-        "there is a weight for the loss hidden, which distillation_loss has not returned; ",
+    "distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0":
+        "stage 2 has weights for lm, kl, adl, forgotten, and distill.loss_counts counts lm, kl, adl: ",
+    "counts = distill.loss_counts; distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0\n"
+    "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'forgotten': b['has_image'].sum()}":
+        "there is a weight for the loss forgotten, which distillation_loss has not returned",
 }  # fmt: skip
 
 
@@ -281,19 +281,42 @@ def test_half_a_loss_stops_the_run(one_rank, world, tmp_path, hack, ranks):
     """Values a row that are said to count samples; a weight without a count, or without a loss."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n{hack}\n"
     (tmp_path / "hack.py").write_text(program + "train.main(sys.argv[1:])\n")
-    start = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
-    where = [
-        "--data",
-        world / "tune.json",
-        "--images",
-        world / "images",
-        "--batch-size",
-        4 // ranks,
+    flags = [
+        "--stage",
+        2,
+        "--student",
+        one_rank[0] / "student/stage1",
+        "--out",
+        tmp_path / "out",
         "--steps",
         3,
     ]
-    code, text = run(tmp_path / "hack.py", *start, *where, ranks=ranks)
+    flags += ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4 // ranks]
+    code, text = run(tmp_path / "hack.py", "--plain", *flags, ranks=ranks)
     assert code != 0 and re.search(f"error: {HACKS[hack]}", text), text
+    if "forgotten" in hack and ranks == 1:
+        code, text = run(tmp_path / "hack.py", *flags)
+        assert code == 1 and "error: lean.py does not have the loss forgotten: train with --plain" in text
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--tune", "lora", "--lora-rank", 4, "--lora-dropout", 0.3]], ids=["", "lora"]
+)
+def test_a_change_that_lean_does_not_know_stops_its_run(one_rank, world, tmp_path, more):
+    """Text columns as well, in distill.py alone: the lean form says both numbers, the plain form trains."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+        "if 'change' in sys.argv: distill.visual_map = lambda attention, columns: attention.mean(1)\n"
+        "train.main([word for word in sys.argv[1:] if word != 'change'])\n"
+    )
+    (tmp_path / "hack.py").write_text(program)
+    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out", *more]
+    flags += ["--data", world / "tune.json", "--images", world / "images", "--steps", 2, "--batch-size", 4]
+    code, text = run(tmp_path / "hack.py", *flags, "change")
+    assert code == 1 and re.search(r"the loss adl is [\d.]+ in distill.py and [\d.]+ in lean.py", text), text
+    for name, form in (("plain", ["--plain", "change"]), ("unchanged", [])):
+        code, text = run(tmp_path / "hack.py", *flags, "--name", name, *form)
+        assert code == 0, text
 
 
 def test_a_mistake_in_a_hack_keeps_its_traceback(one_rank, world, tmp_path):
