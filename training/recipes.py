@@ -53,7 +53,6 @@ class Config:
     """All that one stage of training depends on. `configure` makes it, once; nothing changes it."""
 
     stage: str  # 0a, 0b, 1, 2 or 3
-    recipe: str  # tiny or paper
     method: Method
     plain: bool  # losses from whole matrices (distill.py) instead of from parts of them (lean.py)
     # where things are: folders or hub names
@@ -187,7 +186,7 @@ def command_of(stage: str, args: argparse.Namespace) -> str:
 # What may change between a run and its resumption: where things lie, how the work is cut, how often it is
 # shown. All else is a run's identity; models and data are known by what is in them.
 NO_IDENTITY = {
-    *("stage", "recipe", "method", "out", "name", "log_every", "save_every", "keep", "quiet"),
+    *("stage", "method", "out", "name", "log_every", "save_every", "keep", "quiet"),
     *("student", "teacher", "vision", "data", "images", "epochs", "batch_size", "accumulation"),
     *("workers", "parallel", "gradient_checkpointing", "compile", "skip_bad_samples", "max_bad_share"),
 }
