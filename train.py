@@ -159,6 +159,8 @@ def train(c: Config) -> Path:
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, c.lr)
             micro_batches = [data.to_device(next(batches), device) for _ in range(c.accumulation)]
             totals, size = reduce_counts(micro_batches, c)
+            if step == start and not c.plain:
+                check_forms(step_module, micro_batches[0], totals)
 
             # forward and backward: every loss is divided by the totals of all micro-batches and ranks
             sums, counts = {}, {}
@@ -174,8 +176,6 @@ def train(c: Config) -> Path:
                     counts[name] = counts.get(name, 0) + term.count
             if step == start:
                 check_counts(counts, totals)
-                if not c.plain:
-                    check_forms(step_module, micro_batches[0], totals)
             norm = nn.utils.clip_grad_norm_(trained, 1.0)
             norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of all shards
             rank_losses = [sums[name] / totals[name].clamp(min=1) for name in sums]  # they add up over ranks
@@ -248,7 +248,8 @@ def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
 def check_forms(step: Step, batch: dict, totals: dict[str, Tensor]) -> None:
     """Stop where distill.py has been changed, and lean.py, which is to compute the same, has not.
 
-    Only where the plain form needs less than a gigabyte for its logits and maps.
+    Only where the plain form needs less than a gigabyte for its logits and maps. FSDP gathers weights for a
+    forward pass and lets them go in the backward pass, so that one with a backward pass must follow.
     """
     (B, T), text = batch["input_ids"].shape, step.student.config.text
     layers = len(step.student_layers) + len(step.teacher_layers)
