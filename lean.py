@@ -121,9 +121,7 @@ def answer_losses(
         t = t_hidden[rows] if kl_weight else None
         return _AnswerLosses.apply(hidden[rows], head, targets[rows], t, t_head, lm_weight, kl_weight)
 
-    if (
-        shifted or not kl_weight
-    ):  # both losses stand at the same positions, and are divided by the same number
+    if shifted or not kl_weight:  # both losses stand at the same positions and have the same total
         loss, lm, kl = losses(answers, lm_weight, kl_weight)
         loss = loss / totals["lm" if lm_weight else "kl"].clamp(min=1)
         at = answers

@@ -59,9 +59,8 @@ class Step(nn.Module):
         precision: str = "fp32",
     ):
         super().__init__()
-        if not plain and (
-            unknown := {name for terms in method.weights.values() for name in terms} - lean.TERMS
-        ):
+        unknown = {name for terms in method.weights.values() for name in terms} - lean.TERMS
+        if unknown and not plain:
             raise BadInput(f"lean.py does not have the loss {', '.join(sorted(unknown))}: train with --plain")
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
