@@ -135,7 +135,7 @@ def train(c: Config) -> Path:
         print0(f"stage {c.stage}: finished already, {c.folder} (for changed code take another --name)")
         return c.folder
     resume.check_space(run, student, c.keep)
-    size = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
 
     # many devices, optimizer, and what an earlier process has saved
     module = parallel.wrap_parallel(step_module, c.parallel, c.precision)
@@ -146,7 +146,7 @@ def train(c: Config) -> Path:
     batches = iter(open_loader(c, dataset, steps, start, device))
     print0(f"stage {c.stage}: {c.student} on {device}, {c.precision}")
     print0(f"teacher: {c.teacher if teacher else 'none'}")
-    print0(f"trained: {size:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
+    print0(f"trained: {num_trained:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
     print0(f"global batch: {ranks} ranks x {c.batch_size} x {c.accumulation} = {c.global_batch}")
     print0(f"steps: {steps}, of which {start} are done; {len(dataset):,} samples")
 
