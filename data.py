@@ -140,8 +140,8 @@ PICTURE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 def open_picture(picture: Image.Image | str | Path) -> Image.Image:
     """A picture, from its file or opened already, as RGB.
 
-    Turned upright as EXIF says, the first frame of several, over white where it is transparent, 16-bit grey
-    as its upper 8 bits.
+    Turned upright as its EXIF says (what cameras note in a file), the first frame of several, over white
+    where it is transparent, 16-bit grey as its upper 8 bits.
 
     BadInput: no picture, a damaged one, or one of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels,
     which Pillow refuses before it decodes any.
@@ -158,7 +158,7 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """What open_picture says, of a picture that is open."""
+    """Turn an open picture upright and make it RGB, as open_picture says."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey: convert would make white of all above 255
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))

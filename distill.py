@@ -16,7 +16,7 @@ Shapes: B batch, T tokens, P visual tokens, H heads, k matched layers, C width, 
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -256,7 +256,8 @@ class Distance(NamedTuple):
     """One way to compare two maps."""
 
     function: Callable[[Tensor, Tensor, Tensor], Tensor]
-    counts: str  # what L_ADL is the mean of: "samples" with a picture, where it gives (B,), or "rows", (B,T)
+    # what L_ADL is the mean of: samples with a picture, where the function gives (B,), or rows, (B,T)
+    counts: Literal["samples", "rows"]
     over_layers: str = "mean"  # the paper's, or "sum", the released code's: k times as much
 
 
@@ -292,17 +293,19 @@ def visual_attention_loss(
     """
     if distance not in DISTANCES:
         raise ValueError(f"attention loss {distance!r} is not known; choose one of {', '.join(DISTANCES)}")
+    counted = rows.any(1) if DISTANCES[distance].counts == "samples" else rows  # (B,) or (B,T)
     total, k = torch.zeros((), device=rows.device), 0
     for student, target in zip(student_maps, targets, strict=True):  # one layer at a time
         student, target = keep_rows(student, rows), keep_rows(target.detach(), rows)
         values = DISTANCES[distance].function(student, target, rows)
-        if values.shape not in (rows.shape, rows.shape[:1]):
+        if values.shape != counted.shape:
             raise ValueError(
-                f"distance {distance!r} gave values of shape {tuple(values.shape)}: neither one a sample, "
-                f"{tuple(rows.shape[:1])}, nor one a row, {tuple(rows.shape)}"
+                f"distance {distance!r} gave values of shape {tuple(values.shape)}, and its entry in "
+                f"DISTANCES counts {DISTANCES[distance].counts}: {tuple(counted.shape)}"
             )
-        counted = rows.any(1) if values.dim() == 1 else rows  # samples with a picture, or rows
         total, k = total + values.masked_fill(~counted, 0).sum(), k + 1
+    if k == 0:
+        raise ValueError("there is no attention map to compare; the forward passes were asked for none")
     if DISTANCES[distance].over_layers == "mean":
         total = total / k
     return Term(total, counted.sum())
@@ -398,17 +401,18 @@ def distillation_loss(
     the counts of this batch alone).
     """
     terms = {}
-    if "lm" in weights:
+    if "lm" in weights:  # L_LM: say what the data says
         terms["lm"] = lm_loss(student.logits, batch["labels"])
-    if "kl" in weights:
+    if "kl" in weights:  # L_KL: with the teacher's probabilities
         terms["kl"] = kl_loss(student.logits, teacher.logits, batch["labels"], method.kl_shifted)
-    if "adl" in weights:
+    if "adl" in weights:  # L_ADL: and look where the teacher looks
         rows, columns = query_rows(batch, method.rows), batch["visual_columns"]  # (B,T), (B,P)
         student_maps = {i: visual_map(A, columns) for i, A in student.attentions.items()}  # {layer: (B,T,P)}
         teacher_maps = {i: visual_map(A, columns) for i, A in teacher.attentions.items()}
         targets = matched_targets(student_maps, teacher_maps, rows, method.matching)  # k of (B,T,P)
         terms["adl"] = visual_attention_loss(student_maps.values(), targets, rows, method.distance)
     totals = totals or {name: term.count for name, term in terms.items()}
+    # a total may be 0, and its sum then is, too: no picture in the whole batch
     loss = sum(weights[name] * term.sum / totals[name].clamp(min=1) for name, term in terms.items())
     return loss, terms
 

@@ -114,23 +114,28 @@ def answer_losses(
     hidden, head = student
     t_hidden, t_head = teacher or (None, None)
     targets = distill.next_tokens(labels)
-    answers, at = targets != IGNORE, labels != IGNORE  # where answers are predicted, and where they stand
+    answers = targets != IGNORE  # where answers are predicted
+    compared = answers if shifted else labels != IGNORE  # where L_KL stands
     lm_weight, kl_weight = weights.get("lm", 0.0), weights.get("kl", 0.0)
 
     def losses(rows: Tensor, lm_weight: float, kl_weight: float):  # at rows (B,T) -> weighted sum, L_LM, L_KL
         t = t_hidden[rows] if kl_weight else None
         return _AnswerLosses.apply(hidden[rows], head, targets[rows], t, t_head, lm_weight, kl_weight)
 
-    if shifted or not kl_weight:  # both losses stand at the same positions and have the same total
+    if (
+        "lm" in weights and "kl" in weights and shifted
+    ):  # same positions, same total: one pass over the logits
         loss, lm, kl = losses(answers, lm_weight, kl_weight)
-        loss = loss / totals["lm" if lm_weight else "kl"].clamp(min=1)
-        at = answers
-    else:
-        loss_lm, lm, _ = losses(answers, lm_weight, 0.0)
-        loss_kl, _, kl = losses(at, 0.0, kl_weight)
-        loss = loss_lm / totals["lm"].clamp(min=1) + loss_kl / totals["kl"].clamp(min=1)
-    terms = {"lm": Term(lm, answers.sum()), "kl": Term(kl, at.sum())}
-    return loss, {name: term for name, term in terms.items() if name in weights}
+        count = answers.sum()
+        return loss / totals["lm"].clamp(min=1), {"lm": Term(lm, count), "kl": Term(kl, count)}
+    loss, terms = hidden.new_zeros((), dtype=torch.float32), {}
+    if "lm" in weights:
+        part, lm, _ = losses(answers, lm_weight, 0.0)
+        loss, terms["lm"] = loss + part / totals["lm"].clamp(min=1), Term(lm, answers.sum())
+    if "kl" in weights:
+        part, _, kl = losses(compared, 0.0, kl_weight)
+        loss, terms["kl"] = loss + part / totals["kl"].clamp(min=1), Term(kl, compared.sum())
+    return loss, terms
 
 
 class _AnswerLosses(torch.autograd.Function):

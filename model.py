@@ -251,7 +251,8 @@ class VLM(nn.Module):
     def save(self, folder: str | Path, layout: str = "native", dtype: torch.dtype | None = None) -> None:
         """Write a checkpoint folder, whole or not at all, in `dtype` (None: each tensor as it is in memory).
 
-        layout: native (ours), released (CompoDistill / TinyLLaVA) or hf (Hugging Face LLaVA; not with TAF).
+        layout: native (ours), released (CompoDistill / TinyLLaVA) or hf (Hugging Face LLaVA, which has no
+        place for a fetched adapter).
         """
         try:
             tokenizer = self.require_tokenizer() if layout == "hf" else self.tokenizer  # gets a new word

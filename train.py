@@ -65,14 +65,15 @@ class Step(nn.Module):
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
-        self.student_layers, self.teacher_layers = [], []  # whose attention L_ADL reads
-        if teacher is not None and any("adl" in terms for terms in method.weights.values()):
+        self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
+        answers_alone = {"lm", "kl"}  # the losses that do not
+        if teacher is not None and any(terms.keys() - answers_alone for terms in method.weights.values()):
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
             try:
                 layers = distill.aligned_layers(method, *depths)
             except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
                 raise BadInput(str(error)) from None
-            if "adl" in weights:
+            if weights.keys() - answers_alone:
                 self.student_layers, self.teacher_layers = layers
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:
@@ -139,7 +140,7 @@ def train(c: Config) -> Path:
 
     # many devices, optimizer, and what an earlier process has saved
     module = parallel.wrap_parallel(step_module, c.parallel, c.precision)
-    trained = [p for p in student.parameters() if p.requires_grad]  # FSDP has put its own in their place
+    trained = [p for p in student.parameters() if p.requires_grad]  # sharded, they are others than before
     optimizer = torch.optim.AdamW(trained, c.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     state = resume.load(run, student, optimizer) or {"step": 0, "samples": 0, "bad": 0}
     start = state["step"]
@@ -243,31 +244,40 @@ def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
             )
 
 
-@torch.no_grad()
 def check_forms(step: Step, batch: dict, totals: dict[str, Tensor]) -> None:
     """Stop where distill.py has been changed, and lean.py, which is to compute the same, has not.
 
-    Only where the plain form needs less than a gigabyte for its logits and maps. FSDP gathers weights for a
-    forward pass and lets them go in the backward pass, so that one with a backward pass must follow.
+    Compared are the losses of one micro-batch, and how strongly L pulls at the adapter, through which all of
+    it flows back; only where the plain form needs little memory for its logits and maps.
     """
     (B, T), text = batch["input_ids"].shape, step.student.config.text
     layers = len(step.student_layers) + len(step.teacher_layers)
     whole = 4 * B * T * (2 * text.vocab_size + layers * text.num_attention_heads * T)  # bytes
-    if any_rank(whole > 1e9, batch["input_ids"].device):
+    if any_rank(whole > 3e8, batch["input_ids"].device):
         return
-    tolerance = {"fp32": 1e-3, "bf16": 0.1}[step.precision]
+    adapter = [p for p in step.student.adapter.parameters() if p.requires_grad]
+    # sharded weights (FSDP) that are gathered here would stay so after a backward pass that is none of theirs
+    backward = not any(hasattr(p, "full_tensor") for p in adapter)
+    numbers = []  # of the plain form, of the lean one
     step.student.eval()  # no dropout: it would be another one in each form
-    step.plain = True
-    _, plain = step(batch, totals)
-    step.plain = False
-    _, of_lean = step(batch, totals)
+    for plain in (True, False):
+        step.plain = plain
+        with torch.set_grad_enabled(backward):
+            loss, terms = step(batch, totals)
+        found = {f"the loss {name}": terms[name].sum for name in totals if name in terms} | {"L": loss}
+        if backward:
+            gradients = torch.autograd.grad(loss, adapter, allow_unused=True)
+            gradients = [gradient for gradient in gradients if gradient is not None]
+            found["the gradient norm of the adapter"] = nn.utils.get_total_norm(gradients)
+        numbers.append({name: value.item() for name, value in found.items()})
     step.student.train()
-    for name in totals:
-        a, b = plain[name].sum.item(), of_lean[name].sum.item()
+    tolerance = {"fp32": 1e-3, "bf16": 0.1}[step.precision]
+    for name, b in numbers[1].items():
+        a = numbers[0].get(name, math.nan)
         if not math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) and math.isfinite(a + b):
             raise BadInput(
-                f"the loss {name} is {a:.6g} in distill.py and {b:.6g} in lean.py on the first step; where "
-                "only distill.py is as it should be, train with --plain"
+                f"{name} is {a:.6g} in distill.py and {b:.6g} in lean.py on the first step; where only "
+                "distill.py is as it should be, train with --plain"
             )
 
 

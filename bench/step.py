@@ -6,7 +6,8 @@
     python bench/step.py scaling    # over visual tokens, batch and matched layers: what VAT adds
     python bench/step.py data       # samples per second that decoding and resizing deliver
 
-Random weights, the same in every variant; so is the batch. Each variant is a process of its own and its first
+VAT is the method's visual attention alignment, TAF its adapter fetched from the teacher (distill.py). Random
+weights, the same in every variant; so is the batch. Each variant is a process of its own and its first
 step is a warm-up (AdamW's state is made there). On the CPU the variants take turns, step by step, so that
 what else the machine does meets all of them; on cuda they run one after another, alone on the GPU. Peak
 memory is the process's largest resident set (CPU, libraries included) or torch's largest allocation (cuda).

@@ -85,7 +85,7 @@ def world_questions(world: Path, limit: int | None = None) -> dict[str, list[Que
 def benchmark_questions(
     sugarcrepe: tuple[Path, Path] | None, gqa: tuple[Path, Path] | None, limit: int | None = None
 ) -> dict[str, list[Question]]:
-    """The same of SugarCrepe (compositional) and GQA (recognition), each as annotations and pictures."""
+    """Questions of SugarCrepe (compositional) and GQA (recognition), each from annotations and pictures."""
     questions = {}
     if gqa:
         items = [(item.image, item.question, item.answer) for item in benchmarks.read("gqa", *gqa)]
@@ -490,12 +490,13 @@ def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
 FAMILIES = ("Swap", "Replace", "Add")
 
 
-def picture_rows(models: dict[str, model.VLM], cases: list[tuple[Path, str]]) -> list[dict]:
-    """Analysis 5: attention on each patch, in the mean over text rows and understanding layers."""
+def picture_rows(models: dict[str, model.VLM], cases: list[tuple[Path, str]], which: str) -> list[dict]:
+    """Analysis 5: attention on each patch, in the mean over text rows and the layers that are aligned."""
     rows = []
     for path, question in cases:
         for name, vlm in models.items():
-            grid = pictures.question_attention(vlm, path, question)  # (side, side)
+            of_teacher = name == "teacher"
+            grid = pictures.question_attention(vlm, path, question, which, of_teacher)  # (side, side)
             where = dict(picture=path.name, question=question, model=name)
             for (row, column), value in np.ndenumerate(grid):
                 rows.append(where | dict(row=row, column=column, attention=float(value)))
@@ -571,8 +572,8 @@ def analyse(
         intervened = intervene(teacher, students, questions["compositional"], size, method)
         rows["intervention"] = intervention_rows(intervened, questions["compositional"])
     if "picture" in which:
-        rows["picture"] = picture_rows(models, cases)
-        pictures.attention_picture(models, cases, folder / "picture.png")
+        rows["picture"] = picture_rows(models, cases, method.layers)
+        pictures.attention_picture(models, cases, folder / "picture.png", method.layers)
     for name, own in rows.items():
         write_rows(folder, name, own)
     drawn = [

@@ -93,13 +93,13 @@ def answer(
 
 
 def parts_of(file: Path) -> list[Path]:
-    """What the ranks of a run have written: rank 0 into the file itself."""
+    """The files that the ranks of a run have written: rank 0 the file itself, each other one a part."""
     others = file.parent.glob(glob.escape(file.name) + ".rank*")
     return [file] * file.exists() + sorted(others)
 
 
-def lock(handle: IO, how: int) -> None:
-    """A launcher may be killed and its ranks live on."""
+def lock_answers(handle: IO, how: int) -> None:
+    """Lock an open answers file: ranks may still write to it after their launcher was killed."""
     lock_file(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
@@ -108,7 +108,7 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[st
     answers = {}
     for part in parts_of(file):
         with open(part, "rb") as handle:
-            lock(handle, fcntl.LOCK_SH)  # nobody writes to it
+            lock_answers(handle, fcntl.LOCK_SH)  # nobody writes to it
         for _, row in answer_lines(part):
             if different := [name for name, value in run.items() if row.get(name) != value]:
                 there = {name: row.get(name) for name in different}
@@ -169,7 +169,7 @@ def answer_file(
     mine = file.with_name(f"{file.name}.rank{rank}") if rank else file
     try:
         with open(mine, "a", encoding="utf-8") as out, tqdm(total=todo_here, disable=rank > 0) as bar:
-            lock(out, fcntl.LOCK_EX)
+            lock_answers(out, fcntl.LOCK_EX)
             for question, part in answer(vlm, todo, args.scorer, most, chunks, args.workers):
                 row = {**question.line, **part, "model_id": str(args.model), **run}
                 out.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -242,7 +242,7 @@ def ask_and_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[di
 
 
 def only_score(args: argparse.Namespace) -> tuple[benchmarks.Summary, list[dict], Path, Path]:
-    """The same for --score-only: any file of answers, ours or LLaVA's, and no model."""
+    """Score any file of answers (--score-only), ours or LLaVA's, without a model -> as ask_and_score."""
     file = args.score_only
     rows = [row for _, row in answer_lines(file)]
     if others := {str(row["benchmark"]) for row in rows if "benchmark" in row} - {args.name}:

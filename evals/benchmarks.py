@@ -121,7 +121,7 @@ def read_pairs(
 
 
 def benchmark(name: str) -> "Benchmark":
-    """The entry of this name, or one sentence."""
+    """The benchmark of this name. BadInput: there is none."""
     if name not in BENCHMARKS:
         raise BadInput(f"there is no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
@@ -267,7 +267,7 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
 
 
 def prompt_notes(name: str, prompts: Iterable[str | None]) -> list[str]:
-    """What a score of TextVQA depends on."""
+    """Say how many prompts had OCR (optical character recognition) tokens: TextVQA's score depends on it."""
     if name != "textvqa":
         return []
     known = [prompt for prompt in prompts if prompt is not None]

@@ -52,19 +52,19 @@ def option(reply: str, letters: Sequence[str] = "AB") -> str | None:
 
 
 def released_option(reply: str, letters: Sequence[str] = "AB") -> str | None:
-    """The rule of CompoDistill's released code, which takes the article "a" for option A."""
+    """The letter that a reply chooses by CompoDistill's released code, which takes the article "a" for A."""
     match = re.search(rf"\b([{''.join(letters)}])\b", reply.strip().upper())
     return match[1] if match else None
 
 
 def mme_reply(reply: str) -> str:
-    """The official rule: yes or no within the first four characters, yes looked for first."""
+    """yes, no or other by MME's official rule: within the first four characters, yes looked for first."""
     start = reply.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
 def pope_reply(reply: str) -> str:
-    """POPE's rule, which R-Bench has: what is not no is yes, an empty reply and "NO" too."""
+    """yes or no by POPE's rule, which R-Bench has: what is not no is yes, an empty reply and "NO" too."""
     words = reply.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
@@ -103,19 +103,19 @@ APOSTROPHES = {
 
 @lru_cache(maxsize=1 << 18)
 def normalise_evalai(text: str) -> str:
-    """N1: LLaVA's m4c_evaluator and lmms-eval."""
+    """Normalise an answer as LLaVA's m4c_evaluator and lmms-eval do (N1)."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(text)
 
 
 @lru_cache(maxsize=1 << 18)
 def normalise_official(text: str) -> str:
-    """N2: GT-Vision-Lab's vqaEval, where it normalises at all; see official_accuracy."""
+    """Normalise an answer as GT-Vision-Lab's vqaEval does (N2), where it does; see official_accuracy."""
     return _words(text)
 
 
 def plain(text: str) -> str:
-    """On one line, without white space at its ends."""
+    """A text on one line, without white space at its ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
@@ -164,7 +164,9 @@ def share(hits: float, n: float) -> Estimate:
 
 
 def bootstrap(strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], np.ndarray]) -> Estimate:
-    """strata: (units, k) each; statistic: the means (R,k) of each stratum -> (R,), for R samples at once.
+    """A statistic of means and its 95 % interval, by resampling the units of each stratum.
+
+    strata: (units, k) each; statistic: the means (R,k) of each stratum -> (R,), for R samples at once.
 
     Drawing units with replacement is drawing how often each kind of unit comes: the multinomial does it for
     any number of units at the price of the few kinds that there are.
@@ -180,12 +182,12 @@ def bootstrap(strata: list[np.ndarray], statistic: Callable[[list[np.ndarray]], 
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """In percent, of one value in 0..1 per unit."""
+    """The mean in percent, and its interval, of one value in 0..1 per unit."""
     return bootstrap([100 * np.array(values, dtype=float)[:, None]], lambda means: means[0][:, 0])
 
 
 def averages(strata: dict[str, list[float]], column: str) -> list[dict]:
-    """Unweighted: subsets ("swap_obj") count the same, within a branch its sources ("Relation/VG") do."""
+    """Unweighted means: subsets ("swap_obj") count the same, in a branch its sources ("Relation/VG") do."""
     branches: dict[str, list[np.ndarray]] = {}
     for row, values in strata.items():
         if values:
@@ -246,7 +248,7 @@ def squares(hits: Iterable[tuple[str, bool]]) -> dict[str, list[bool]]:
 
 
 def score_choice(items: list[Item], answers: dict[str, str], pick: Callable, average: bool) -> list[dict]:
-    """Written choices: the truth under each letter, mean over the letters.
+    """Score written choices: the truth under each letter, mean over the letters.
 
     I2T: both pictures of a square right in all orders.
     """
@@ -272,7 +274,7 @@ def score_choice(items: list[Item], answers: dict[str, str], pick: Callable, ave
 
 
 def score_soft(items: list[Item], answers: dict[str, str], constant: str | None = None) -> list[dict]:
-    """VQA soft accuracy by both normalisations, and what one constant answer has (by N1)."""
+    """Score by VQA's soft accuracy with both normalisations, and one constant answer (by N1) beside it."""
 
     def cells(units: list) -> dict[str, Estimate]:
         pairs = [(reply, truth.label) for unit in units for truth, reply in unit]
@@ -288,7 +290,7 @@ def score_soft(items: list[Item], answers: dict[str, str], constant: str | None 
 
 
 def score_gqa(items: list[Item], answers: dict[str, str]) -> list[dict]:
-    """Exact match, but for case and a full stop at the end."""
+    """Score by exact match, but for case and a full stop at the end."""
 
     def cells(units: list) -> dict[str, Estimate]:
         hits = [reply.strip().rstrip(".").lower() == truth.label for unit in units for truth, reply in unit]
@@ -305,7 +307,7 @@ OTHER_RATES = {"yes ratio": ([0, 3], ALL), "other": ([2, 5], ALL)}
 
 
 def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
-    """(replies, 6): which of the six cases each reply is."""
+    """Which of the six cases each reply is, one-hot (replies,6)."""
     cases = [
         3 * (truth.label == "no") + ("yes", "no", "other").index(parse(reply))
         for unit in units
@@ -320,7 +322,7 @@ def rate(counts: np.ndarray, part: list[int], whole: list[int], eps: float) -> n
 
 
 def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
-    """(...,6) -> (...,), 0 where nothing is positive. eps: POPE's 1e-5 is part of R-Bench's definition."""
+    """F1 of the six counts (...,6) -> (...,), 0 where nothing is positive; R-Bench has POPE's eps, 1e-5."""
     p, r = rate(counts, *rates["precision"], eps), rate(counts, *rates["recall"], eps)
     return 2 * p * r / np.maximum(p + r + eps, 1e-12)
 

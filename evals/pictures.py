@@ -21,14 +21,20 @@ from support.errors import BadInput
 
 
 @torch.no_grad()
-def question_attention(vlm: model.VLM, picture: Image.Image | Path, question: str) -> np.ndarray:
+def question_attention(
+    vlm: model.VLM,
+    picture: Image.Image | Path,
+    question: str,
+    which: str = "intermediate",
+    teacher: bool = False,
+) -> np.ndarray:
     """Where the text after the picture looks -> (side, side), the attention that falls on each patch.
 
-    Mean over heads, understanding layers and text queries.
+    Mean over heads, text queries and layers: `which`, as distill.choose_layers has them.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
     attend, _ = lean.visual_attention_of(batch, "text")
-    layers = distill.understanding_layers(vlm.config.text.num_hidden_layers)
+    layers = distill.choose_layers(which, vlm.config.text.num_hidden_layers, teacher)
     inputs = batch["input_ids"], batch["pixel_values"]
     out = vlm(*inputs, attention=dict.fromkeys(layers, attend), logits=False)
     return on_patches(vlm, torch.cat(list(out.attentions.values())).mean((0, 1)))  # k of (1,R,P) -> (P,)
@@ -58,15 +64,17 @@ def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
     return Image.composite(bright, dark, weight)
 
 
-def attention_picture(models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path) -> None:
-    """One row per (picture, question): the picture, then where each model looks, above it its answer."""
+def attention_picture(
+    models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path, which: str = "intermediate"
+) -> None:
+    """Draw a row per (picture, question): the picture, then where each model looks, above it its answer."""
     rows = []
     for path, question in cases:
         picture = data.open_picture(path)
         rows.append([(fit(question, 2), enlarge(picture))])
         for name, vlm in models.items():
             answer = vlm.answer(picture, question, max_new_tokens=16)
-            seen = heat(picture, question_attention(vlm, picture, question))
+            seen = heat(picture, question_attention(vlm, picture, question, which, name == "teacher"))
             rows[-1].append((f"{fit(name)}\n{fit(answer)}", seen))
     sheet(rows, file)
 

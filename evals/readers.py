@@ -132,7 +132,7 @@ def identity(record: Any, name: str, where: str) -> str:
 
 
 def human_answers(record: dict, where: str) -> tuple[str, ...]:
-    """Texts, or objects with a text under "answer"; an answer may be empty."""
+    """A record's answers: texts, or objects with a text under "answer"; one may be empty."""
     answers = field(record, "answers", list, where)
     answers = tuple(answer.get("answer") if isinstance(answer, dict) else answer for answer in answers)
     if not answers or not all(isinstance(answer, str) for answer in answers):
@@ -326,7 +326,7 @@ def gqa(annotations: Path, images: Path | None) -> Iterator[Item]:
         yield Item(key, path, question + SHORT, (), truth, image)
 
 
-OCR = "Reference OCR token:"
+OCR = "Reference OCR token:"  # optical character recognition: the texts that were found in the picture
 
 
 def textvqa(annotations: Path, images: Path | None) -> Iterator[Item]:

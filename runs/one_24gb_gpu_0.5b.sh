@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# One GPU of 24 GB: Qwen1.5-4B -> Qwen1.5-0.5B, the paper's stages and numbers, LoRA, bf16, one process.
+# One GPU of 24 GB: Qwen1.5-4B -> Qwen1.5-0.5B, the paper's stages and numbers, LoRA (low-rank adaptation), bf16,
+# one process.
 #
 #   TEACHER=ptkjw1997/CompoDistill-Teacher-4B PRETRAIN=blip_laion_cc_sbu_558k.json PRETRAIN_IMAGES=LLaVA-Pretrain \
 #   TUNE=llava_v1_5_mix665k.json IMAGES=LLaVA-Finetune runs/one_24gb_gpu_0.5b.sh [flags of train.py]
@@ -10,7 +11,7 @@
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          0.9 GB   student, 0.46 B x 2
 #    0.9 GB   so400m and P_t, 0.44 B x 2                     1.0 GB   LoRA, 61 M x (4 weight + 8 AdamW + 4 gradient)
 #    0.8 GB   student: 24 layer inputs, 4 x 1536 x 1024 x 2 bytes each, and one layer computed again
-#    0.5 GB   VAT: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
+#    0.5 GB   attention alignment: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
 #    0.7 GB   one layer of the teacher, 64 rows of logits of both models
 #   about 13 GB in all. Full tuning (--tune full): 0.46 B x 18 bytes = 8.4 GB in the place of 1.9: about 19 GB.
 set -euo pipefail

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The paper's recipe for its pair, Qwen1.5-4B -> Qwen1.5-1.8B: stages 1, 2, 3, one epoch each, LoRA, bf16.
+# The paper's recipe for its pair, Qwen1.5-4B -> Qwen1.5-1.8B: stages 1, 2, 3, one epoch each, LoRA
+# (low-rank adaptation), bf16.
 #
 #   TEACHER=ptkjw1997/CompoDistill-Teacher-4B PRETRAIN=blip_laion_cc_sbu_558k.json PRETRAIN_IMAGES=LLaVA-Pretrain \
 #   TUNE=llava_v1_5_mix665k.json IMAGES=LLaVA-Finetune GPUS=8 runs/paper_4b_to_1.8b.sh [flags of train.py]
@@ -9,9 +10,9 @@
 #
 # Memory of a GPU, estimated from counts, not measured: 4 samples of 1,536 tokens, gradient checkpointing
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          3.7 GB   student, 1.84 B x 2
-#    0.9 GB   so400m and P_t, 0.44 B x 2                     2.4 GB   LoRA, 120 M x (4 weight + 8 AdamW + 4 gradient + 4 DDP)
+#    0.9 GB   so400m and P_t, 0.44 B x 2                     2.4 GB   LoRA, 120 M x (4 weight + 8 AdamW + 4 gradient + 4 in transit)
 #    1.6 GB   student: 24 layer inputs, 4 x 1536 x 2048 x 2 bytes each, and one layer computed again
-#    0.5 GB   VAT: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
+#    0.5 GB   attention alignment: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
 #    0.7 GB   one layer of the teacher, 64 rows of logits of both models
 #   about 18 GB in all: 24 GB cards should do, and 40 or 80 GB ones hold larger --batch-size.
 # Full tuning instead (--tune full): 1.84 B x 18 bytes = 33 GB in the place of 6.1, over the GPUs with fsdp.

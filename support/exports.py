@@ -17,7 +17,8 @@ import data
 from support.errors import BadInput
 from support.layouts import MODEL_TYPE, VLMConfig
 
-# How a tensor's name begins in VLM -> how it begins in a file; with TAF, P_t is adapter.teacher.
+# How a tensor's name begins in VLM -> how it begins in a file. With TAF (teacher adapter fetch) P_t, the
+# teacher's adapter, is adapter.teacher.
 NAMES = {
     "native": {"": ""},
     "released": {

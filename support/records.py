@@ -77,12 +77,12 @@ class Records:
 
 
 def stamp(state: os.stat_result) -> tuple[int, int]:
-    """What tells a file from the same file changed: size in bytes, time of its content."""
+    """Size in bytes and time of its content, which tell a file from the same file changed."""
     return state.st_size, state.st_mtime_ns
 
 
 def count_characters(record: dict) -> int:
-    """Of all turns, where they are what they should be."""
+    """Count the characters of all turns of a record; what is malformed counts nothing here."""
     turns = record.get("conversations")
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     values = [turn.get("value") for turn in turns]

@@ -250,7 +250,7 @@ def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: in
 
 
 def make_tokenizer() -> Tokenizer:
-    """A byte-level BPE of Qwen's class, trained on the tiny world's text: a token a word, else bytes."""
+    """Make a byte-level byte-pair encoding of Qwen's class for the world's text: a token a word."""
     units = rf"{re.escape(SYSTEM.strip())}| ?USER:| ?ASSISTANT:"  # said in every conversation: one token each
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())

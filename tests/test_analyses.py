@@ -629,15 +629,16 @@ def test_without_matplotlib_the_numbers_are_there(runs, world, tmp_path, capsys,
 def test_picture_of_any_image_and_its_numbers(runs, world, teacher, tmp_path):
     image = world / "images/test-1.png"
     argv = ["--runs", runs, "--image", image, "--question", "What shape is the red one?"]
-    call("analyse", "picture", *argv, "--out", tmp_path / "p")
-    assert Image.open(tmp_path / "p/picture.png").width > 700
-    rows = json.loads((tmp_path / "p/picture.json").read_text())
-    assert len(rows) == 3 * 16
     maps, columns = maps_of(teacher, Question(image, "What shape is the red one?", "", ""))
-    shown = np.mean([maps[layer][columns[-1] + 1 :, columns] for layer in (2, 3, 4)], (0, 1))
-    own = [row["attention"] for row in rows if row["model"] == "teacher"]
-    np.testing.assert_allclose(own, shown, atol=1e-6)
-    assert [(row["row"], row["column"]) for row in rows[:5]] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
+    for which, layers in (("intermediate", (2, 3, 4)), ("later", (5,))):
+        call("analyse", "picture", *argv, "--layers", which, "--out", tmp_path / which)
+        assert Image.open(tmp_path / which / "picture.png").width > 700
+        rows = json.loads((tmp_path / which / "picture.json").read_text())
+        assert len(rows) == 3 * 16
+        shown = np.mean([maps[layer][columns[-1] + 1 :, columns] for layer in layers], (0, 1))
+        own = [row["attention"] for row in rows if row["model"] == "teacher"]
+        np.testing.assert_allclose(own, shown, atol=1e-6)
+        assert [(row["row"], row["column"]) for row in rows[:5]] == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0)]
 
 
 def test_bad_input_is_one_sentence(runs, world, teacher, tmp_path):

@@ -723,15 +723,18 @@ def test_distillation_loss_is_the_weighted_sum_of_its_terms():
     )
 
 
-def test_a_distance_is_counted_by_the_shape_of_its_values(monkeypatch):
-    """Whatever DISTANCES says it counts, so that train.py sees the difference; other shapes are refused."""
+def test_a_distance_has_values_of_what_it_counts(monkeypatch):
+    """Samples with a picture, or rows; values of another shape are refused, and so are no maps at all."""
     maps, rows = torch.rand(1, 2, 4, 3), mask("0111", "0011")
     assert visual_attention_loss(maps, maps, rows, "cosine").count == 2
     assert visual_attention_loss(maps, maps, rows, "cosine-rows").count == 5
-    for function in (lambda s, t, rows: F.l1_loss(s, t), lambda s, t, rows: s - t):  # a number, a map
-        monkeypatch.setitem(DISTANCES, "new", distill.Distance(function, "rows"))
-        with pytest.raises(ValueError, match="neither one a sample, .2,., nor one a row, .2, 4."):
+    by_row = DISTANCES["cosine-rows"].function
+    for function in (lambda s, t, rows: F.l1_loss(s, t), lambda s, t, rows: s - t, by_row):  # a number, a map
+        monkeypatch.setitem(DISTANCES, "new", distill.Distance(function, "samples"))
+        with pytest.raises(ValueError, match=r"its entry in DISTANCES counts samples: \(2,\)"):
             visual_attention_loss(maps, maps, rows, "new")
+    with pytest.raises(ValueError, match="no attention map"):
+        visual_attention_loss([], [], rows)
 
 
 def test_maps_and_rows_must_fit_each_other():

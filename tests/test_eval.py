@@ -118,12 +118,13 @@ def test_question_attention_is_the_mean_of_the_text_rows(teacher, world):
     picture = world / "images/test-0.png"
     sample = scorers.prompt(teacher, picture, "What colour is the circle?")
     ids = torch.tensor([sample["input_ids"]])
-    maps = teacher(ids, sample["pixel_values"][None], attention=in_full(2, 3, 4)).attentions
+    maps = teacher(ids, sample["pixel_values"][None], attention=in_full(0, 1, 2, 3, 4)).attentions
     columns = (ids[0] == data.IMAGE_TOKEN).nonzero()[:, 0]
-    rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in (2, 3, 4)]
-    shown = pictures.question_attention(teacher, picture, "What colour is the circle?")
-    assert shown.shape == (4, 4)
-    assert np.allclose(shown.ravel(), torch.stack(rows).mean((0, 1)).numpy(), atol=1e-6)
+    for flags, layers in (([], (2, 3, 4)), (["early"], (0, 1))):
+        rows = [maps[layer][0].mean(0)[columns[-1] + 1 :, columns] for layer in layers]
+        shown = pictures.question_attention(teacher, picture, "What colour is the circle?", *flags)
+        assert shown.shape == (4, 4)
+        assert np.allclose(shown.ravel(), torch.stack(rows).mean((0, 1)).numpy(), atol=1e-6)
 
 
 def test_command_line_scores_and_pictures(world, tmp_path, capsys):

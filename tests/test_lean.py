@@ -142,6 +142,11 @@ def test_compiled_layers_give_the_same(tmp_path, monkeypatch):
 ONE = {"lm": torch.tensor(1), "kl": torch.tensor(1)}
 
 
+def divided(loss):
+    """The node of the graph that made the sum which was divided and added to nothing."""
+    return loss.grad_fn.next_functions[1][0].next_functions[0][0]
+
+
 def sums(terms):
     return {name: term.sum.detach() for name, term in terms.items()}
 
@@ -193,7 +198,7 @@ def test_gradients_of_answer_losses_are_handed_over_and_used_once():
     """
     hidden, head = torch.randn(1, 5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     loss, _ = answer_losses((hidden, head), None, torch.tensor([[IGNORE, 1, 2, 3, 4]]), {"lm": 1.0}, ONE)
-    made = loss.grad_fn.next_functions[0][0].saved_tensors[1].data_ptr()  # behind the division
+    made = divided(loss).saved_tensors[1].data_ptr()
     loss.backward()
     assert head.grad.data_ptr() == made
     with pytest.raises(RuntimeError, match="second time"):
@@ -285,6 +290,9 @@ VARIED |= {
     "half the KL": Method({"2": {"lm": 1.0, "kl": 0.5, "adl": 3.0}}),
     "half the unshifted KL": Method({"2": {"lm": 1.0, "kl": 0.5}}, kl_shifted=False),
     "KL alone": Method({"2": {"kl": 0.5}}),
+    "unshifted KL alone": Method({"2": {"kl": 0.5}}, kl_shifted=False),
+    "attention alone": Method({"2": {"adl": 2.0}}),
+    "away from the teacher": Method({"2": {"lm": 1.0, "adl": -0.5}}),
 }
 
 
@@ -352,6 +360,7 @@ def test_each_variant_is_another_loss(pair, batch):
     expected = [
         ["compodistill", "cosine, all rows", "half the KL"],
         ["compodistill-rows", "cosine-rows, text rows"],
+        ["no KL", "away from the teacher"],
     ]
     assert sorted(twins) == expected
 

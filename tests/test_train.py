@@ -265,8 +265,9 @@ def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
 
 
 HACKS = {  # what somebody may forget -> what the sentence says
-    "distill.DISTANCES['cosine'] = distill.DISTANCES['cosine-rows']._replace(counts='samples')":
-        r"the loss adl counts \d+ items on the first step, but was divided by 4: ",
+    "counts = distill.loss_counts\n"
+    "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'adl': distill.query_rows(b, 'all').sum()}":
+        r"the loss adl counts 4 items on the first step, but was divided by \d\d\d: ",
     "distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0":
         "stage 2 has weights for lm, kl, adl, forgotten, and distill.loss_counts counts lm, kl, adl: ",
     "counts = distill.loss_counts; distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0\n"
@@ -278,20 +279,12 @@ HACKS = {  # what somebody may forget -> what the sentence says
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("hack", HACKS)
 def test_half_a_loss_stops_the_run(one_rank, world, tmp_path, hack, ranks):
-    """Values a row that are said to count samples; a weight without a count, or without a loss."""
+    """A sum over samples that is divided by rows; a weight without a count, or without a loss."""
     program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n{hack}\n"
     (tmp_path / "hack.py").write_text(program + "train.main(sys.argv[1:])\n")
-    flags = [
-        "--stage",
-        2,
-        "--student",
-        one_rank[0] / "student/stage1",
-        "--out",
-        tmp_path / "out",
-        "--steps",
-        3,
-    ]
-    flags += ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4 // ranks]
+    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
+    flags += ["--data", world / "tune.json", "--images", world / "images", "--steps", 3]
+    flags += ["--batch-size", 4 // ranks]
     code, text = run(tmp_path / "hack.py", "--plain", *flags, ranks=ranks)
     assert code != 0 and re.search(f"error: {HACKS[hack]}", text), text
     if "forgotten" in hack and ranks == 1:
@@ -299,24 +292,44 @@ def test_half_a_loss_stops_the_run(one_rank, world, tmp_path, hack, ranks):
         assert code == 1 and "error: lean.py does not have the loss forgotten: train with --plain" in text
 
 
-@pytest.mark.parametrize(
-    "more", [[], ["--tune", "lora", "--lora-rank", 4, "--lora-dropout", 0.3]], ids=["", "lora"]
-)
-def test_a_change_that_lean_does_not_know_stops_its_run(one_rank, world, tmp_path, more):
-    """Text columns as well, in distill.py alone: the lean form says both numbers, the plain form trains."""
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
-        "if 'change' in sys.argv: distill.visual_map = lambda attention, columns: attention.mean(1)\n"
-        "train.main([word for word in sys.argv[1:] if word != 'change'])\n"
-    )
-    (tmp_path / "hack.py").write_text(program)
-    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out", *more]
+CHANGES = {  # of distill.py alone -> what the lean form says
+    "text columns, too": (
+        "distill.visual_map = lambda attention, columns: attention.mean(1)",
+        r"the loss adl is [\d.]+ in distill.py and [\d.]+ in lean.py",
+    ),
+    "other weights": (
+        "whole = distill.distillation_loss\n"
+        "distill.distillation_loss = lambda *these: (10 * whole(*these)[0], whole(*these)[1])",
+        r"L is [\d.]+ in distill.py and [\d.]+ in lean.py",
+    ),
+    "another gradient": (
+        "kl = distill.kl_loss\ndistill.kl_loss = lambda s, *these: kl(s.detach(), *these)",
+        r"the gradient norm of the adapter is [\d.]+ in distill.py and [\d.]+ in lean.py",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_lean_does_not_know_stops_its_run(one_rank, world, tmp_path, change):
+    """The lean form says both numbers; the plain form trains."""
+    code, sentence = CHANGES[change]
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+    (tmp_path / "changed.py").write_text(f"{program}{code}\ntrain.main(sys.argv[1:])\n")
+    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
     flags += ["--data", world / "tune.json", "--images", world / "images", "--steps", 2, "--batch-size", 4]
-    code, text = run(tmp_path / "hack.py", *flags, "change")
-    assert code == 1 and re.search(r"the loss adl is [\d.]+ in distill.py and [\d.]+ in lean.py", text), text
-    for name, form in (("plain", ["--plain", "change"]), ("unchanged", [])):
-        code, text = run(tmp_path / "hack.py", *flags, "--name", name, *form)
+    code, text = run(tmp_path / "changed.py", *flags)
+    assert code == 1 and re.search(f"error: {sentence}", text), text
+    if change == "text columns, too":
+        code, text = run(tmp_path / "changed.py", *flags, "--plain", "--name", "plain")
         assert code == 0, text
+
+
+def test_dropout_is_no_difference_of_the_forms(one_rank, world, tmp_path):
+    """It would be another one in each: the comparison of the first step is made without."""
+    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path, "--steps", 1]
+    flags += ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4]
+    code, text = run(ROOT / "train.py", *flags, "--tune", "lora", "--lora-dropout", 0.3)
+    assert code == 0, text
 
 
 def test_a_mistake_in_a_hack_keeps_its_traceback(one_rank, world, tmp_path):

@@ -1,6 +1,6 @@
 """Makes the models that ship in tiny/, from nothing: `python -m tiny make --out FOLDER`.
 
-    tokenizer            byte-level BPE of the tiny world's words
+    tokenizer            byte-level byte-pair encoding of the tiny world's words
     vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
     teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
     teacher              stages 0a and 0b of train.py on vision and teacher-lm
@@ -118,7 +118,10 @@ def init_weights(module: nn.Module) -> None:
 
 
 def pretrain_vision(vision: Siglip, seed: int, steps: int = 400) -> None:
-    """From the features that models read (hidden state -2): which of 12 objects or none, column and row."""
+    """Train a vision encoder to say what is in each patch (one of 12 objects, or none), and where that is.
+
+    Content, column and row are read from the features that models read (hidden state -2).
+    """
     init_weights(vision)
     rng, kinds = random.Random(seed), [(colour, shape) for colour in world.COLOURS for shape in world.SHAPES]
     none, side = len(kinds), world.GRID

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a frozen linear map and a trained one of low rank beside it.
+"""LoRA, low-rank adaptation (arXiv 2106.09685): a frozen linear map and a trained one of low rank beside it.
 
     y = W x + b + (alpha / r) B A dropout(x)        W (out,in) and b frozen, A (r,in) and B (out,r) trained
 

@@ -57,10 +57,10 @@ def compile_layers(student: VLM, teacher: VLM | None) -> None:
 
 
 def choose_trained(student: VLM, c: Config) -> None:
-    """All is frozen but the adapter (with TAF only P_s) and, after stages 0a and 1, the language model.
+    """Freeze all but the adapter (of a fetched one P_s alone) and, after stages 0a and 1, the language model.
 
-    The language model is trained whole, or through LoRA. A new stage starts a new LoRA; the one before was
-    merged when its stage was saved.
+    That is trained whole, or through LoRA (low-rank adaptation). A new stage starts a new LoRA; the one
+    before was merged when its stage was saved.
     """
     student.requires_grad_(False).train()
     taf = isinstance(student.adapter, TeacherAdapterFetch)

@@ -12,9 +12,9 @@ from model import DTYPES
 
 
 def compute_dtype(precision: str, device: torch.device) -> AbstractContextManager:
-    """What --precision means. load_models and wrap_parallel follow it.
+    """The context that a forward pass runs in: autocast for bf16, nothing for fp32.
 
-    bf16: products in bfloat16 (autocast). Frozen weights are held in it, too: they are only read. Trained
+    bf16: products in bfloat16. Frozen weights are held in it, too (load_models): they are only read. Trained
     weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the distance of two
     neighbours in bfloat16 (2^-8 of the weight) and would be rounded away; a next stage that freezes them
     rounds them once. The softmax of attention, norms and losses are float32 in any case.
@@ -33,7 +33,9 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
     if not dist.is_initialized():
         return step
     if parallel == "ddp":
-        return DistributedDataParallel(step)
+        # without a loss of the answers nothing flows back to the layers behind the aligned ones
+        of_all_layers = bool({"lm", "kl"} & step.weights.keys())
+        return DistributedDataParallel(step, find_unused_parameters=not of_all_layers)
     policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)
     student, teacher = step.student, step.teacher[0]
     for root, vlm in ((step, student), (teacher and teacher.lm, teacher)):

@@ -1,7 +1,7 @@
 """What a stage is trained with: recipes, the command line that overrides them, and the Config of both.
 
     method   which losses: distill.METHODS
-    recipe   with which numbers: `tiny` (a laptop, minutes) or `paper` (its table; LoRA, bf16)
+    recipe   with which numbers: `tiny` (a laptop, minutes) or `paper` (its table; bf16, low-rank adaptation)
 
 A flag on the command line comes first, then the method's or the recipe's value. The README has both tables.
 """
@@ -30,12 +30,7 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     },
     "paper": {
         "all": dict(
-            batch_size=4,
-            epochs=1,
-            tune="lora",
-            precision="bf16",
-            gradient_checkpointing=True,
-            workers=4,
+            batch_size=4, epochs=1, tune="lora", precision="bf16", gradient_checkpointing=True, workers=4
         ),
         "0a": dict(lr=1e-3, global_batch=256, max_length=2048),
         "0b": dict(lr=2e-4, global_batch=128, max_length=2048, lora_dropout=0.05),
@@ -245,9 +240,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="sft: supervised fine-tuning alone; kd: vanilla knowledge distillation; compodistill: the "
         "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it "
         "(default: %(default)s)")
-    add("--taf", action=argparse.BooleanOptionalAction, help="TAF: fetch the teacher's adapter")
+    add("--taf", action=argparse.BooleanOptionalAction, help="TAF, teacher adapter fetch: keep the teacher's "
+        "adapter, train one linear map behind it")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
-    add("--vat-loss", choices=["none", *DISTANCES], help="VAT: the distance of attention maps, in stage 2")
+    add("--vat-loss", choices=["none", *DISTANCES], help="VAT, visual attention alignment: the distance of "
+        "two maps, in stage 2")
     add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
@@ -274,7 +271,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--batch-size", type=whole, help="samples per device and micro-batch")
     add("--accumulation", type=whole, help="micro-batches per step (default: what the global batch asks for)")
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
-    add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA on its linear layers")
+    add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA (low-rank "
+        "adaptation) on its linear layers")
     add("--lora-rank", type=whole, default=128, help="(default: %(default)s)")
     add("--lora-alpha", type=positive, default=256.0, help="(default: %(default)s)")
     add("--lora-dropout", type=fraction, help="(default: 0; recipe paper: 0.05 in stages 0b and 3)")
@@ -315,7 +313,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Method:
     """The named method with what the flags change of it."""
     method = METHODS[args.method]
-    first, second = dict(method.weights["1"]), dict(method.weights["2"])
+    first, second = dict(method.weights.get("1", LM)), dict(method.weights.get("2", LM))
     if args.kl_weight is not None:
         first["kl"] = second["kl"] = args.kl_weight
     if args.vat_loss not in (None, "none"):
@@ -330,7 +328,7 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     if args.vat_loss == "none":
         second.pop("adl", None)
     weights = {**method.weights, "1": first, "2": second}
-    weights = {stage: {name: w for name, w in terms.items() if w > 0} for stage, terms in weights.items()}
+    weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
     changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
     changes |= {"layers": args.layers, "matching": args.matching}
     changes = {name: value for name, value in changes.items() if value not in (None, "none")}

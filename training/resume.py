@@ -51,7 +51,7 @@ def check_space(run: Path, student: nn.Module, keep: int) -> None:
 
 
 def lock_run(run: Path) -> IO | None:
-    """One process at a time trains a run: rank 0 locks its folder until the returned file is closed."""
+    """Lock a run's folder (rank 0) until the returned file is closed: one process at a time trains it."""
     if rank_and_ranks()[0] > 0:
         return None
     file = open(run / "lock", "w")
@@ -60,7 +60,7 @@ def lock_run(run: Path) -> IO | None:
 
 
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
-    """Whose run folder is it? -> whether the run has finished. One of another run is refused."""
+    """Make or enter a run's folder -> whether the run has finished. One of another run is refused."""
     file = run / "run.json"
     if not file.exists() and model_folder.exists():
         raise BadInput(f"{model_folder} exists already; choose another --name")
@@ -140,7 +140,7 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
 
 
 def newest(run: Path) -> str:
-    """The name of the save that counts, "" where there is none."""
+    """The name of the newest save, "" where there is none."""
     return (run / "latest").read_text().strip() if (run / "latest").exists() else ""
 
 
@@ -178,7 +178,7 @@ def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | N
 
 
 def remove_saves(run: Path) -> None:
-    """After the model has been written: the saves are needed no more."""
+    """Remove the saves of a run whose model has been written."""
     if rank_and_ranks()[0] == 0:
         for folder in run.glob("step-*"):
             shutil.rmtree(folder, ignore_errors=True)

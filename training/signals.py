@@ -33,6 +33,6 @@ def signals_ask_to_stop() -> Iterator[list[float]]:
 
 
 def ignore_signals(_: int) -> None:
-    """In a DataLoader's worker: schedulers signal all processes, and its batches are needed to stop well."""
+    """Keep a loader's worker alive: schedulers signal all processes, and stopping well needs its batches."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
