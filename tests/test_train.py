@@ -332,6 +332,23 @@ def test_dropout_is_no_difference_of_the_forms(one_rank, world, tmp_path):
     assert code == 0, text
 
 
+@pytest.mark.slow
+def test_attention_alone_trains_on_ranks(one_rank, world, tmp_path):
+    """Nothing flows back to the layers behind the aligned ones: ranks do not wait for it."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+    method = "distill.METHODS['alone'] = distill.Method({'2': {'adl': 1.0}})\n"
+    (tmp_path / "alone.py").write_text(f"{program}{method}train.main(sys.argv[1:])\n")
+    flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--steps", 3, "--method", "alone"]
+    flags += ["--data", world / "tune.json", "--images", world / "images", "--log-every", 1]
+    losses = []
+    for ranks in (1, 2):
+        out = ["--out", tmp_path / str(ranks), "--batch-size", 4 // ranks]
+        code, text = run(tmp_path / "alone.py", *flags, *out, ranks=ranks)
+        assert code == 0, text
+        losses.append([row["adl"] for row in read_log(tmp_path / str(ranks) / "alone/stage2.jsonl")])
+    assert losses[0][0] > losses[0][-1] and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_mistake_in_a_hack_keeps_its_traceback(one_rank, world, tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
