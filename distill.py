@@ -361,6 +361,8 @@ class Method:
     matching: str = "group"  # of student and teacher layers, one of MATCHINGS
 
 
+LOGIT_LOSSES = {"lm", "kl"}  # they read logits alone; any other may read attention maps
+
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
 LM_KL_ADL = {"lm": 1.0, "kl": 1.0, "adl": 1.0}
 METHODS = {

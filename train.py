@@ -66,14 +66,14 @@ class Step(nn.Module):
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
         self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
-        answers_alone = {"lm", "kl"}  # the losses that do not
-        if teacher is not None and any(terms.keys() - answers_alone for terms in method.weights.values()):
+        stages = method.weights.values()
+        if teacher is not None and any(terms.keys() - distill.LOGIT_LOSSES for terms in stages):
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
             try:
                 layers = distill.aligned_layers(method, *depths)
             except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
                 raise BadInput(str(error)) from None
-            if weights.keys() - answers_alone:
+            if weights.keys() - distill.LOGIT_LOSSES:
                 self.student_layers, self.teacher_layers = layers
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:

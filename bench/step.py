@@ -21,7 +21,6 @@ import json
 import math
 import os
 import platform
-import resource
 import statistics
 import sys
 import tempfile
@@ -46,6 +45,7 @@ from siglip import SiglipConfig  # noqa: E402
 from support.errors import at_least  # noqa: E402
 from support.layouts import VLMConfig  # noqa: E402
 from training import recipes  # noqa: E402
+from training.log import peak_memory  # noqa: E402
 from training.models import compile_layers  # noqa: E402
 
 
@@ -262,7 +262,7 @@ def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespa
     weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
     static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
     if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats()  # what is measured begins with models that are built
     pipe.send("ready")
     while pipe.recv():
         started = clock(device)
@@ -279,13 +279,6 @@ def clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def peak_memory(device: str) -> int:
-    """Bytes, of this process since it began (CPU) or since its models were built (cuda)."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(variants: dict[str, tuple], options: argparse.Namespace, between=lambda: None) -> dict[str, dict]:

@@ -490,16 +490,13 @@ def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
 FAMILIES = ("Swap", "Replace", "Add")
 
 
-def picture_rows(models: dict[str, model.VLM], cases: list[tuple[Path, str]], which: str) -> list[dict]:
-    """Analysis 5: attention on each patch, in the mean over text rows and the layers that are aligned."""
+def picture_rows(drawn: list[tuple[Path, str, str, np.ndarray]]) -> list[dict]:
+    """Analysis 5: attention on each patch, of all that pictures.attention_picture has drawn."""
     rows = []
-    for path, question in cases:
-        for name, vlm in models.items():
-            of_teacher = name == "teacher"
-            grid = pictures.question_attention(vlm, path, question, which, of_teacher)  # (side, side)
-            where = dict(picture=path.name, question=question, model=name)
-            for (row, column), value in np.ndenumerate(grid):
-                rows.append(where | dict(row=row, column=column, attention=float(value)))
+    for path, question, name, grid in drawn:
+        where = dict(picture=path.name, question=question, model=name)
+        for (row, column), value in np.ndenumerate(grid):
+            rows.append(where | dict(row=row, column=column, attention=float(value)))
     return rows
 
 
@@ -572,8 +569,8 @@ def analyse(
         intervened = intervene(teacher, students, questions["compositional"], size, method)
         rows["intervention"] = intervention_rows(intervened, questions["compositional"])
     if "picture" in which:
-        rows["picture"] = picture_rows(models, cases, method.layers)
-        pictures.attention_picture(models, cases, folder / "picture.png", method.layers)
+        seen = pictures.attention_picture(models, cases, folder / "picture.png", method.layers)
+        rows["picture"] = picture_rows(seen)
     for name, own in rows.items():
         write_rows(folder, name, own)
     drawn = [

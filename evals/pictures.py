@@ -66,17 +66,22 @@ def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
 
 def attention_picture(
     models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path, which: str = "intermediate"
-) -> None:
-    """Draw a row per (picture, question): the picture, then where each model looks, above it its answer."""
-    rows = []
+) -> list[tuple[Path, str, str, np.ndarray]]:
+    """Draw a row per (picture, question): the picture, then where each model looks, above it its answer.
+
+    Returns (picture, question, model, attention (side, side)) of all that was drawn.
+    """
+    rows, drawn = [], []
     for path, question in cases:
         picture = data.open_picture(path)
         rows.append([(fit(question, 2), enlarge(picture))])
         for name, vlm in models.items():
             answer = vlm.answer(picture, question, max_new_tokens=16)
-            seen = heat(picture, question_attention(vlm, picture, question, which, name == "teacher"))
-            rows[-1].append((f"{fit(name)}\n{fit(answer)}", seen))
+            attention = question_attention(vlm, picture, question, which, name == "teacher")
+            rows[-1].append((f"{fit(name)}\n{fit(answer)}", heat(picture, attention)))
+            drawn.append((path, question, name, attention))
     sheet(rows, file)
+    return drawn
 
 
 def fit(text: str, lines: int = 1) -> str:

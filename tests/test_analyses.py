@@ -546,15 +546,19 @@ def test_the_story_says_what_the_numbers_say(monkeypatch):
     monkeypatch.setattr(analyses, "RESAMPLES", 200)
     recognised = {name: np.ones(100) for name in ("teacher", "sft", "kd", "compodistill")}
     rng = np.random.default_rng(0)
-    good = story.report(made_up_study(60, 76, 90, rng), recognised, "", figures=True)
+
+    def report(study, missing, figures):
+        return story.report(study, story.tested(study), recognised, missing, figures)
+
+    good = report(made_up_study(60, 76, 90, rng), "", figures=True)
     verdicts = re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", good, re.M)
     assert verdicts[0] == verdicts[2] == verdicts[3] == "holds" and "**3 of 4 links hold.**" in good
     assert verdicts[1] == "in part: 2 of 3 claims hold"
     assert "sft: cosine over text minus over image tokens: +0.25" in good  # 0.6 - 0.35
     assert "compodistill minus sft with the teacher's attention mixed in, points: +14.00" in good
-    chance = story.report(made_up_study(50, 40, 90, rng), recognised, "", figures=True)
+    chance = report(made_up_study(50, 40, 90, rng), "", figures=True)
     assert re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", chance, re.M)[2] == "not tested"
-    bad = story.report(made_up_study(66, 50, 66, rng), recognised, "Not found: x.", figures=False)
+    bad = report(made_up_study(66, 50, 66, rng), "Not found: x.", figures=False)
     verdicts = re.findall(r"^\| \d\. [^|]*\| ([^|]*) \|", bad, re.M)
     assert verdicts[2] == "the opposite holds" and verdicts[3] == "in part: 2 of 3 claims hold"
     assert "Not found: x." in bad

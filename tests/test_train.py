@@ -264,6 +264,13 @@ def test_plain_training_is_the_same_training(one_rank, world, tmp_path):
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5)
 
 
+def hacked(folder, code):
+    """train.py with a change of the method before it starts, as somebody tries one out."""
+    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+    (folder / "hacked.py").write_text(f"{program}{code}\ntrain.main(sys.argv[1:])\n")
+    return folder / "hacked.py"
+
+
 HACKS = {  # what somebody may forget -> what the sentence says
     "counts = distill.loss_counts\n"
     "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'adl': distill.query_rows(b, 'all').sum()}":
@@ -280,15 +287,14 @@ HACKS = {  # what somebody may forget -> what the sentence says
 @pytest.mark.parametrize("hack", HACKS)
 def test_half_a_loss_stops_the_run(one_rank, world, tmp_path, hack, ranks):
     """A sum over samples that is divided by rows; a weight without a count, or without a loss."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n{hack}\n"
-    (tmp_path / "hack.py").write_text(program + "train.main(sys.argv[1:])\n")
+    program = hacked(tmp_path, hack)
     flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
     flags += ["--data", world / "tune.json", "--images", world / "images", "--steps", 3]
     flags += ["--batch-size", 4 // ranks]
-    code, text = run(tmp_path / "hack.py", "--plain", *flags, ranks=ranks)
+    code, text = run(program, "--plain", *flags, ranks=ranks)
     assert code != 0 and re.search(f"error: {HACKS[hack]}", text), text
     if "forgotten" in hack and ranks == 1:
-        code, text = run(tmp_path / "hack.py", *flags)
+        code, text = run(program, *flags)
         assert code == 1 and "error: lean.py does not have the loss forgotten: train with --plain" in text
 
 
@@ -313,14 +319,13 @@ CHANGES = {  # of distill.py alone -> what the lean form says
 def test_a_change_that_lean_does_not_know_stops_its_run(one_rank, world, tmp_path, change):
     """The lean form says both numbers; the plain form trains."""
     code, sentence = CHANGES[change]
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
-    (tmp_path / "changed.py").write_text(f"{program}{code}\ntrain.main(sys.argv[1:])\n")
+    program = hacked(tmp_path, code)
     flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
     flags += ["--data", world / "tune.json", "--images", world / "images", "--steps", 2, "--batch-size", 4]
-    code, text = run(tmp_path / "changed.py", *flags)
+    code, text = run(program, *flags)
     assert code == 1 and re.search(f"error: {sentence}", text), text
     if change == "text columns, too":
-        code, text = run(tmp_path / "changed.py", *flags, "--plain", "--name", "plain")
+        code, text = run(program, *flags, "--plain", "--name", "plain")
         assert code == 0, text
 
 
@@ -335,30 +340,27 @@ def test_dropout_is_no_difference_of_the_forms(one_rank, world, tmp_path):
 @pytest.mark.slow
 def test_attention_alone_trains_on_ranks(one_rank, world, tmp_path):
     """Nothing flows back to the layers behind the aligned ones: ranks do not wait for it."""
-    program = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
-    method = "distill.METHODS['alone'] = distill.Method({'2': {'adl': 1.0}})\n"
-    (tmp_path / "alone.py").write_text(f"{program}{method}train.main(sys.argv[1:])\n")
+    program = hacked(tmp_path, "distill.METHODS['alone'] = distill.Method({'2': {'adl': 1.0}})")
     flags = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--steps", 3, "--method", "alone"]
     flags += ["--data", world / "tune.json", "--images", world / "images", "--log-every", 1]
     losses = []
     for ranks in (1, 2):
         out = ["--out", tmp_path / str(ranks), "--batch-size", 4 // ranks]
-        code, text = run(tmp_path / "alone.py", *flags, *out, ranks=ranks)
+        code, text = run(program, *flags, *out, ranks=ranks)
         assert code == 0, text
         losses.append([row["adl"] for row in read_log(tmp_path / str(ranks) / "alone/stage2.jsonl")])
     assert losses[0][0] > losses[0][-1] and losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_a_mistake_in_a_hack_keeps_its_traceback(one_rank, world, tmp_path):
-    program = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import distill, train\n"
+    program = hacked(
+        tmp_path,
         "def distance(student, target, rows):\n    a, b = student.shape\n"
-        "distill.DISTANCES['cosine'] = distill.Distance(distance, 'rows')\ntrain.main(sys.argv[1:])\n"
+        "distill.DISTANCES['cosine'] = distill.Distance(distance, 'rows')",
     )
-    (tmp_path / "hack.py").write_text(program)
     start = ["--stage", 2, "--student", one_rank[0] / "student/stage1", "--out", tmp_path / "out"]
     where = ["--data", world / "tune.json", "--images", world / "images", "--batch-size", 4, "--steps", 1]
-    code, text = run(tmp_path / "hack.py", *start, *where)
+    code, text = run(program, *start, *where)
     assert code == 1 and "a, b = student.shape" in text and "too many values to unpack" in text
 
 

@@ -132,6 +132,12 @@ LINKS = {
     "4. training for it helps most": training_helps_most,
 }
 
+
+def tested(study: Study) -> dict[str, list[Claim]]:
+    """The claims of every link, with what the study found."""
+    return {link: claims(study) for link, claims in LINKS.items()}
+
+
 # ---------------------------------------------------------------- tables
 
 
@@ -201,9 +207,14 @@ def intervention_table(study: Study) -> str:
 # ---------------------------------------------------------------- the report
 
 
-def report(study: Study, recognised: dict[str, np.ndarray], missing: str, figures: bool) -> str:
-    """report.md. Every verdict follows from the numbers of this run and their intervals."""
-    links = {name: claims(study) for name, claims in LINKS.items()}
+def report(
+    study: Study,
+    links: dict[str, list[Claim]],
+    recognised: dict[str, np.ndarray],
+    missing: str,
+    figures: bool,
+) -> str:
+    """The text of report.md, whose every verdict follows from this run's numbers and their intervals."""
     numbers = [len(asked) for asked in study.questions.values()]
     held = sum(link_verdict(claims) == "holds" for claims in links.values())
     nobody = "its students are missing, or at chance"
@@ -263,9 +274,9 @@ def story(args: argparse.Namespace) -> None:
         recognised = {name: np.array(exact_answers(vlm, items)) for name, vlm in models.items()}
         cases = tiny_cases(world)
         study = analyse(models, questions, cases, list(ANALYSES), folder, args.batch_size, method)
-        text = report(study, recognised, missing, (folder / "attention.png").exists())
+        links = tested(study)
+        text = report(study, links, recognised, missing, (folder / "attention.png").exists())
         (folder / "report.md").write_text(text + "\n", encoding="utf-8")
-        links = {name: claims(study) for name, claims in LINKS.items()}
         rows = [
             {"link": name, **claim._asdict(), "verdict": claim.verdict}
             for name, claims in links.items()

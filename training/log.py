@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from model import pick_device
 from support.checkpoint import write_atomically
 from support.errors import BadInput
 from support.ranks import barrier, rank_and_ranks
@@ -86,7 +87,7 @@ class Log:
             "samples_per_s": round(self.samples / seconds, 2),
             "tokens_per_s": round(self.tokens / seconds, 1),
             "padding": round(1 - self.tokens / max(self.padded_tokens, 1), 4),
-            "memory_gb": round(peak_memory() / 1e9, 3),
+            "memory_gb": round(peak_memory(pick_device()) / 1e9, 3),
             "bad": bad,
             "seconds": round(elapsed, 2),
             "eta": round(elapsed / (step - self.start) * (self.steps - step)),
@@ -123,9 +124,9 @@ class Log:
         )
 
 
-def peak_memory() -> int:
+def peak_memory(device: str) -> int:
     """Bytes: the allocator's peak on a GPU, the process's largest resident set on a CPU."""
-    if torch.cuda.is_available():
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -5,7 +5,7 @@ from torch import Tensor
 
 import data
 import model
-from distill import TeacherAdapterFetch
+from distill import LM, TeacherAdapterFetch
 from model import DTYPES, VLM
 from support.checkpoint import find, read_json
 from support.errors import BadInput
@@ -44,7 +44,7 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
     student.lm.checkpointing = c.gradient_checkpointing
     if c.compile:
         compile_layers(student, teacher)
-    distils = c.weights.keys() - {"lm"}  # else only its adapter was fetched
+    distils = c.weights.keys() - LM.keys()  # else only its adapter was fetched
     return student, teacher if distils else None
 
 
