@@ -9,17 +9,20 @@ makes such data for a laptop, is in support/world.py.
 Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens of a picture, S side in pixels.
 """
 
-from collections.abc import Iterable, Iterator
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from distill import IGNORE  # the label of a token that is not supervised
-from support.errors import BadInput
+from support.errors import BadInput, is_utf8, one_line
+from support.files import open_file, read_text
 from support.records import Records
 
 IMAGE_TOKEN = -200  # placeholder id, one per visual token; the model writes the visual tokens there
@@ -31,15 +34,19 @@ SYSTEM = (
 )
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer.json of a checkpoint folder."""
-    file = Path(folder) / "tokenizer.json"
+def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokenizer:
+    """The tokenizer.json of a checkpoint folder, whose embedding has vocab_size rows (None: not known)."""
+    file, remedy = Path(folder) / "tokenizer.json", "; copy the language model's here"
+    text = read_text(file, remedy)
     try:
-        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_str(text)
     except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{file} is no tokenizer ({error}){remedy}") from None
+    word, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if vocab_size is not None and number >= vocab_size:
         raise BadInput(
-            f"{file} is missing or is no tokenizer ({error}); copy the language model's here"
-        ) from None
+            f"{file}: {word!r} has id {number}, but the model has {vocab_size} words, counted from 0{remedy}"
+        )
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise BadInput(
             f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer"
@@ -81,6 +88,8 @@ def cut(
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a plain text: "<|endoftext|>" or "<|im_end|>" in it are text, too."""
+    if not is_utf8(text):
+        raise BadInput(f"{f'{text!r}':.60} has a lone surrogate, which is no text; give UTF-8")
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -141,7 +150,8 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
     """A picture, from its file or opened already, as RGB.
 
     Turned upright as its EXIF says (what cameras note in a file), the first frame of several, over white
-    where it is transparent, 16-bit grey as its upper 8 bits.
+    where it is transparent, grey of more than 8 bits as `grey` has it. Nothing else that a file says about
+    its pixels is read: a profile, a comment, another tag of the EXIF.
 
     BadInput: no picture, a damaged one, or one of more than 2 * Image.MAX_IMAGE_PIXELS (179 million) pixels,
     which Pillow refuses before it decodes any.
@@ -149,23 +159,77 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
     try:
         if isinstance(picture, Image.Image):
             return to_rgb(picture)
-        with Image.open(picture, formats=PICTURE_FORMATS) as image:
-            return to_rgb(image)
+        with open_file(picture) as file:
+            try:
+                with Image.open(file, formats=PICTURE_FORMATS) as image:
+                    return to_rgb(image)
+            except ValueError:  # among others: a text or profile of a PNG, too large for Pillow
+                file.seek(0)
+                if file.read(len(PNG)) != PNG:
+                    raise
+                with Image.open(only_pixels(file), formats=("PNG",)) as image:
+                    return to_rgb(image)
     except Exception as error:  # what decoders raise of damaged files has a dozen types
         name = getattr(picture, "filename", None) or picture
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{name} cannot be read as a picture ({reason}); replace it") from None
 
 
+PNG = b"\x89PNG\r\n\x1a\n"  # with which every PNG begins
+
+
+def only_pixels(file: IO[bytes]) -> IO[bytes]:
+    """A PNG, of which PNG has been read, without its texts and colour profile."""
+    kept = [PNG]  # then chunks: length of the content, type, content, checksum
+    while len(head := file.read(8)) == 8:
+        chunk = head + file.read(int.from_bytes(head[:4], "big") + 4)
+        if head[4:] not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+            kept.append(chunk)
+    return io.BytesIO(b"".join(kept))
+
+
+UPRIGHT = {  # EXIF's orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an open picture upright and make it RGB, as open_picture says."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: convert would make white of all above 255
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    image.load()
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # an EXIF that cannot be read has no orientation
+        turn = None
+    if image.mode.startswith(("I", "F")):
+        image = grey(image)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 32 bits or floats as 8 bits.
+
+    16 bits are 0..65535. The others do not say their range: it is the first of 0..1, 0..255 and 0..65535 in
+    which all their values lie. BadInput: there is none.
+    """
+    values = np.asarray(image)
+    ranges = (1, 255, 65535)
+    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+        ranges = (65535,)
+    top = next((top for top in ranges if values.min() >= 0 and values.max() <= top), None)
+    if top is None:
+        raise BadInput(f"its grey is {values.min():g} to {values.max():g}, not within 0 to 65535")
+    return Image.fromarray((values.astype(np.float32) * (255 / top)).round().astype(np.uint8))
 
 
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
@@ -181,7 +245,8 @@ def collate(samples: list[dict]) -> dict:
 
     input_ids, labels (B,T), attention_mask (B,T) bool, pixel_values (N,3,S,S) or None, has_image (B,) bool,
     visual_columns (B,P): where in its row each visual token of a sample stands (0 where it has no picture);
-    ids: the samples' "id" (None where there is none), replaced: the sentences of all samples, in one list.
+    ids: the samples' "id" (None where there is none), replaced: the sentences of all samples, in one list;
+    cut, mended: of how many samples it is said.
     """
     B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
     input_ids, labels = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), IGNORE)
@@ -215,6 +280,8 @@ def collate(samples: list[dict]) -> dict:
         "visual_columns": visual_columns,
         "ids": [sample.get("id") for sample in samples],
         "replaced": [sentence for sample in samples for sentence in sample.get("replaced", [])],
+        "cut": sum(sample.get("cut", False) for sample in samples),
+        "mended": sum(sample.get("mended", False) for sample in samples),
     }
 
 
@@ -232,18 +299,20 @@ def to_device(batch: dict, device: torch.device | str) -> dict:
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA files, records {"id", "image" or none, "conversations"} -> samples for collate.
 
-    files: one or several, images: the folder that picture paths start from. template and max_length are
-    encode's; a sample whose picture is cut off has no "pixel_values".
+    files: one or several; images: the folder that picture paths start from, one for all or one for each file.
+    template and max_length are encode's; a sample whose picture is cut off has no "pixel_values".
 
     A record that cannot be used (turns, picture, <image> without a picture or the other way round) is
     BadInput with its file, id and reason. With skip_bad the next good one stands in for it: the same for
-    every order, rank and worker. Either way "replaced" of a sample lists what was passed over, in sentences.
+    every order, rank and worker. So it does in any case for a record without a supervised token, from which
+    nothing can be learned. "replaced" of a sample lists what was passed over, in sentences; "cut" and
+    "mended" say whether it was longer than max_length, and whether as_llava_reads changed it.
     """
 
     def __init__(
         self,
         files: str | Path | Iterable[str | Path],
-        images: str | Path,
+        images: str | Path | Sequence[str | Path],
         tokenizer: Tokenizer,
         num_image_tokens: int,
         image_size: int,
@@ -251,11 +320,17 @@ class LlavaDataset(torch.utils.data.Dataset):
         max_length: int | None = None,
         skip_bad: bool = False,
     ):
-        self.images, self.tokenizer, self.template = Path(images), tokenizer, template
+        files = [files] if isinstance(files, (str, Path)) else list(files)
+        images = [images] if isinstance(images, (str, Path)) else list(images)
+        if len(images) not in (1, len(files)):
+            raise BadInput(f"{len(images)} --images, {len(files)} --data: give one for all, or one for each")
+        images = images * len(files) if len(images) == 1 else images
+        self.images = dict(zip(map(Path, files), map(Path, images)))
+        self.tokenizer, self.template = tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
         self.max_length, self.skip_bad = max_length, skip_bad
-        if not self.images.is_dir():
-            raise BadInput(f"{self.images}: no such folder of pictures; give it with --images")
+        if missing := [folder for folder in self.images.values() if not folder.is_dir()]:
+            raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
         ids, _ = encode(picture, tokenizer, num_image_tokens, template)
         least = ids.index(IMAGE_TOKEN) + num_image_tokens + 1
@@ -264,7 +339,7 @@ class LlavaDataset(torch.utils.data.Dataset):
                 f"a limit of {max_length} tokens a sample has no room for prompt, picture and text; "
                 f"{least} is the least, and useful are many more"
             )
-        self.records = Records([files] if isinstance(files, (str, Path)) else files)
+        self.records = Records(files)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -280,37 +355,74 @@ class LlavaDataset(torch.utils.data.Dataset):
         for place in range(index, index + min(len(self), MOST_REPLACED)):
             place %= len(self)
             record = self.records[place]  # a file that changed is no bad record: it stops the run
-            name = record.get("id", place)
+            name, file = record.get("id", place), self.records.file_of(place)
             try:
-                return {"id": name, **self.sample(record), "replaced": replaced}
+                sample = self.sample(record, self.images[file])
+                if any(label != IGNORE for label in sample["labels"]):
+                    return {"id": name, **sample, "replaced": replaced}
+                reason, stops = f"nothing of an answer is within {self.max_length} tokens", False
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
-                reason = f"{self.records.file_of(place)}, record {name!r}: {error}"
-                if not self.skip_bad:
-                    raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
-                replaced.append(reason)
+                reason, stops = error, not self.skip_bad
+            reason = f"{file}, record {name!r}: {reason}"
+            if stops:
+                raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
+            replaced.append(one_line(reason))
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 
-    def sample(self, record: dict) -> dict:
-        """One record -> {"input_ids", "labels", "pixel_values"}, the last unless its picture is cut off."""
-        turns, image = record.get("conversations"), record.get("image")
+    def sample(self, record: dict, images: Path) -> dict:
+        """One record -> {"input_ids", "labels", "pixel_values", "cut", "mended"}.
+
+        No "pixel_values" where the picture is cut off, or no token of an answer is left.
+        """
+        turns, image = as_llava_reads(record.get("conversations")), record.get("image")
+        if isinstance(image, list) and len(image) == 1:  # as LLaVA-OneVision's files have it
+            image = image[0]
+        if image and not isinstance(image, str):
+            raise BadInput(f'"image" is {f"{image!r}":.60}, not the name of one picture')
         ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
         if (IMAGE_TOKEN in ids) != bool(image):
             raise BadInput(f"{IMAGE_MARK} in its text and a picture go together")
-        if self.max_length is not None:
+        cut_off = self.max_length is not None and len(ids) > self.max_length
+        if cut_off:
             ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
-        sample = {"input_ids": ids, "labels": labels}
-        if IMAGE_TOKEN in ids:
-            sample["pixel_values"] = preprocess(inside(self.images, image), self.image_size)
+        mended = turns is not record["conversations"]
+        sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": mended}
+        if IMAGE_TOKEN in ids and any(label != IGNORE for label in labels):
+            sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
         return sample
+
+    def batch(self, indices: list[int]) -> dict:
+        """The batch of these samples."""
+        return collate([self[index] for index in indices])
+
+
+def as_llava_reads(turns: list[dict]) -> list[dict]:
+    """Without a first turn of gpt and a last question without answer, as LLaVA's code reads its own files.
+
+    The same list where there is neither; what is no list of turns is left to `pieces` to say.
+    """
+    if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
+        if turns and turns[0].get("from") == "gpt":
+            turns = turns[1:]
+        if len(turns) % 2 and turns[-1].get("from") == "human":
+            turns = turns[:-1]
+    return turns
 
 
 MOST_REPLACED = 1000  # in a row; so many bad records are a wrong folder
 
 
 def inside(folder: Path, name: str) -> Path:
-    """folder / name, refused where it leads out of the folder (data may come from strangers)."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
+    """folder / name, refused where it leads out of the folder (data may come from strangers).
+
+    One way out is the user's own: a link to a folder that stands right in it, which puts data sets together.
+    """
+    if not is_utf8(name) or "\0" in name:
+        raise BadInput(f"{name!r} is no name of a picture")
+    path, roots = (folder / name).resolve(), [folder]
+    if (first := folder / Path(name or ".").parts[0]).is_symlink() and first.is_dir():
+        roots.append(first)
+    if not any(path.is_relative_to(root.resolve()) for root in roots):
         raise BadInput(f"picture path {name!r} leads out of {folder}")
     return path
 

@@ -10,13 +10,17 @@ right in benchmarks.py and metrics.py. The tiny world is scored by `python -m ti
 """
 
 import argparse
+import signal
 from datetime import timedelta
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
+
 from evals import analyses, answers, chat
-from evals.pictures import attention_picture
+from evals.pictures import attention_picture, check_picture
 from evals.scorers import load
-from support.errors import one_sentence
+from support.program import one_sentence, parse
 from support.ranks import ranks_of_torchrun
 
 
@@ -32,19 +36,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--save", type=Path, default=Path("attention.png"), help="PNG to write (default: %(default)s)")
     analyses.add_arguments(commands)
     chat.add_arguments(commands)
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     if args.command == "bench" and not args.score_only and not (args.model and args.images):
         parser.error("bench asks a model about pictures: give --model and --images, or --score-only")
     return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    with one_sentence():
+    with one_sentence(less="a smaller --batch-size, fewer --workers or --precision bf16 need less"):
+        args = parse_args(argv)
         if args.command == "bench":
             with ranks_of_torchrun("gloo", timeout=timedelta(days=7)):  # ranks wait at barriers
                 answers.bench(args)
         elif args.command == "attention":
+            check_picture(args.save, args.image)
             models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)
             print(args.save)

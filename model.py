@@ -13,10 +13,14 @@ converts: python model.py FOLDER --out OUT --layout hf
 
 import argparse
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +34,11 @@ from distill import TeacherAdapterFetch
 from qwen import AttentionFunction, Cache, Output, Qwen
 from siglip import Siglip
 from support import exports, layouts
-from support.checkpoint import find, load_weights, read_json, write_folder
-from support.errors import BadInput, one_sentence
+from support.checkpoint import find, load_weights, write_folder
+from support.errors import BadInput, one_line
+from support.files import read_json
 from support.layouts import VLMConfig
+from support.program import one_sentence, parse
 
 
 class Adapter(nn.Module):
@@ -53,6 +59,7 @@ class VLM(nn.Module):
     def __init__(self, config: VLMConfig, tokenizer: Tokenizer | None = None):
         super().__init__()
         c, self.config, self.tokenizer = config, config, tokenizer
+        self.name = "the model"  # for sentences about it: the folder that it was loaded from
         self.template = "chat"  # how a question is put to it: one of layouts.TEMPLATES
         self.vision = Siglip(c.vision)
         self.adapter = Adapter(c.vision.hidden_size, c.taf_width or c.text.hidden_size)
@@ -107,7 +114,20 @@ class VLM(nn.Module):
         """
         if data.IMAGE_MARK in question:
             raise BadInput(f"{data.IMAGE_MARK} stands in a question; say it without, the picture goes before")
-        tokenizer, P, question = self.require_tokenizer(), self.num_image_tokens, question.strip()
+        ids = self._question_ids(question.strip(), picture, first)
+        self.check_length(len(ids), f"the question {f'{question!r}':.60}")
+        return ids
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """BadInput where the model cannot hold so many tokens and one more."""
+        if tokens >= self.config.text.max_position_embeddings:
+            raise BadInput(
+                f"{what} has {tokens} tokens with what stands before it, and {self.name} holds "
+                f"{self.config.text.max_position_embeddings} (max_position_embeddings); ask less"
+            )
+
+    def _question_ids(self, question: str, picture: bool, first: bool) -> list[int]:
+        tokenizer, P = self.require_tokenizer(), self.num_image_tokens
         if self.template == "chat":  # the one we train in: data.encode_prompt writes it
             turn = {"from": "human", "value": f"{data.IMAGE_MARK}\n{question}" if picture else question}
             # a later turn follows an empty one, of which only its end of text is kept
@@ -204,7 +224,7 @@ class VLM(nn.Module):
         """The tokens of `generate` as they come, (B,) each.
 
         cache: of what stands before input_ids, and is not computed again; it grows with every token but the
-        last, which nothing has read.
+        last, which nothing has read. It ends where the model can hold no more.
         """
         if stop_ids is None:
             stop_ids = [] if self.tokenizer is None else self.stop_ids
@@ -216,9 +236,12 @@ class VLM(nn.Module):
         cache = Cache(len(self.lm.model.layers)) if cache is None else cache
         embeds = self.embed(input_ids, pixel_values)
         done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
+        read = 0 if cache.visible is None else cache.visible.shape[1]
+        room = self.config.text.max_position_embeddings - read - input_ids.shape[1]
+        for _ in range(min(max_new_tokens, room)):
             out = self.lm(attention_mask=mask, inputs_embeds=embeds, cache=cache, logits=False)
-            logits = finite(self.lm.head(out.hidden[rows, last]).float())  # (B,V), at one position a row
+            logits = self.lm.head(out.hidden[rows, last]).float()  # (B,V), at one position a row
+            finite(logits, self.name)
             token = logits.argmax(-1) if temperature == 0 else _sample(logits / temperature)
             if len(stops):
                 token = torch.where(done, stops[0], token)  # rows that have ended are filled up
@@ -262,7 +285,7 @@ class VLM(nn.Module):
         write_folder(folder, *files)
 
 
-def finite(values: Tensor, name: str = "the model") -> Tensor:
+def finite(values: Tensor, name: str) -> Tensor:
     """The values; BadInput where one is NaN or infinite, whose argmax would look like an answer."""
     if not values.isfinite().all():
         raise BadInput(f"{name} gives numbers that are not finite; train or fetch its checkpoint again")
@@ -295,8 +318,9 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32
     native = read_json(folder / "config.json").get("model_type") == layouts.MODEL_TYPE
     rename = (lambda name: name) if native else layouts.rename_foreign(config)
     load_weights(vlm, folder, rename, dtype, device)
+    vlm.name = str(path_or_hub_name)
     if (folder / "tokenizer.json").exists():
-        vlm.tokenizer = data.load_tokenizer(folder)
+        vlm.tokenizer = data.load_tokenizer(folder, config.text.vocab_size)
         vlm.template = layouts.template_of(folder, vlm.tokenizer)
     return vlm.eval()
 
@@ -336,13 +360,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--out", required=True, help="a new folder, which appears whole or not at all")
     add("--layout", required=True, choices=exports.NAMES, help="ours, CompoDistill's or HF LLaVA's (no TAF)")
     add("--dtype", choices=["float32", "bfloat16"], help="default: each tensor as it is read")
-    args = parser.parse_args(argv)
-    with one_sentence():
+    with one_sentence(less="a smaller --dtype needs less"):
+        args = parse(parser, argv)
         vlm = load(args.folder, dtype=args.dtype and getattr(torch, args.dtype))
         vlm.save(args.out, args.layout)
-        files = sorted(Path(args.out).iterdir())
-    print(f"{args.out}, layout {args.layout}:")
-    print("\n".join(f"{file.stat().st_size / 1e6:12.3f} MB  {file.name}" for file in files))
+        print(f"{one_line(args.out)}, layout {args.layout}:")
+        for file in sorted(Path(args.out).iterdir()):
+            print(f"{file.stat().st_size / 1e6:12.3f} MB  {file.name}")
 
 
 if __name__ == "__main__":

@@ -19,13 +19,15 @@ recipes and Config are in training/recipes.py, how models are loaded and frozen 
 
 import math
 import os
-import sys
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 import data
 import distill
@@ -33,15 +35,17 @@ import lean
 from distill import Method, Term
 from model import DTYPES, VLM, pick_device
 from qwen import explicit_attention
-from support.checkpoint import check_writable
-from support.errors import BadInput, one_sentence
-from support.ranks import all_reduce, any_rank, barrier, rank_and_ranks, ranks_of_torchrun
+from support.errors import BadInput
+from support.files import check_writable
+from support.loading import batches_made
+from support.program import one_sentence
+from support.ranks import agree, all_reduce, any_rank, barrier, rank_and_ranks, ranks_of_torchrun
 from support.world import make_world
 from training import parallel, recipes, resume
 from training.log import Log, StepSize
 from training.models import load_models, save_model
 from training.recipes import Config
-from training.signals import Stopped, ignore_signals, signals_ask_to_stop
+from training.signals import Stopped, signals_ask_to_stop
 
 # ---------------------------------------------------------------- one step of teacher and student
 
@@ -122,7 +126,7 @@ def train(c: Config) -> Path:
     """
     (rank, ranks), device = rank_and_ranks(), pick_device()
     print0 = print if rank == 0 and not c.quiet else lambda *_: None
-    run = c.folder.with_suffix(".run")  # what is needed to go on
+    run = c.run
     check_writable(run)
     _lock = resume.lock_run(run)  # held until this function ends
 
@@ -130,9 +134,11 @@ def train(c: Config) -> Path:
     torch.manual_seed(c.seed)  # the same new weights on every rank
     student, teacher = load_models(c, device)
     step_module = Step(student, teacher, c.method, c.weights, c.plain, c.precision)
-    dataset = open_data(c, student)
-    steps = c.steps or max(1, c.epochs * len(dataset) // c.global_batch)
-    if resume.open_run(run, c.folder, recipes.identity(c, steps, dataset.records.files, len(dataset))):
+    dataset = open_data(c, student, teacher)
+    steps = c.steps or math.ceil(c.epochs * len(dataset) / c.global_batch)
+    identity = recipes.identity(c, steps, dataset.records)
+    agree(identity | recipes.command(c))
+    if resume.open_run(run, c.folder, identity):
         print0(f"stage {c.stage}: finished already, {c.folder} (for changed code take another --name)")
         return c.folder
     resume.check_space(run, student, c.keep)
@@ -144,12 +150,14 @@ def train(c: Config) -> Path:
     optimizer = torch.optim.AdamW(trained, c.lr, (0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
     state = resume.load(run, student, optimizer) or {"step": 0, "samples": 0, "bad": 0}
     start = state["step"]
-    batches = iter(open_loader(c, dataset, steps, start, device))
+    batches = open_batches(c, dataset, steps, start, device)
     print0(f"stage {c.stage}: {c.student} on {device}, {c.precision}")
     print0(f"teacher: {c.teacher if teacher else 'none'}")
     print0(f"trained: {num_trained:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
     print0(f"global batch: {ranks} ranks x {c.batch_size} x {c.accumulation} = {c.global_batch}")
     print0(f"steps: {steps}, of which {start} are done; {len(dataset):,} samples")
+    if dataset.max_length < c.max_length:
+        print0(f"samples are cut at {dataset.max_length} tokens, all that these models hold")
 
     with signals_ask_to_stop() as stop_requests, Log(run, start, steps, c) as log:
         for step in range(start, steps):
@@ -165,7 +173,8 @@ def train(c: Config) -> Path:
             # forward and backward: every loss is divided by the totals of all micro-batches and ranks
             sums, counts = {}, {}
             for i, batch in enumerate(micro_batches):
-                if any_rank(bool(stop_requests), device):  # a scheduler does not wait for a long step to end
+                # at once: a scheduler does not wait for a long step to end
+                if any_rank(bool(stop_requests) or start < step == c.stop_after, device):
                     resume.save(run, student, optimizer, state, c.keep)
                     raise Stopped(f"stopped after step {step}, saved in {run}; the same command goes on")
                 with parallel.local_gradients(module, last=i == len(micro_batches) - 1):
@@ -185,6 +194,8 @@ def train(c: Config) -> Path:
             log.bad_samples(micro_batches, step + 1)
             if not math.isfinite(norm + sum(rank_losses)):
                 raise BadInput(log.not_finite(step + 1, dict(zip(sums, rank_losses)), norm, micro_batches))
+            if norm == 0:
+                raise BadInput(nothing_learned(step + 1, micro_batches, c))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -192,7 +203,7 @@ def train(c: Config) -> Path:
             state = log.count(step + 1, state, size)
             if (step + 1) % c.log_every == 0 or step in (0, steps - 1):
                 losses = all_reduce(torch.tensor(rank_losses, dtype=torch.float64, device=device)).tolist()
-                log.row(step + 1, dict(zip(sums, losses)), lr, norm, state["bad"])
+                log.row(dict(zip(sums, losses)), lr, norm, state)
             if (step + 1) % c.save_every == 0 and step + 1 < steps:
                 resume.save(run, student, optimizer, state, c.keep)
         save_model(student, c)
@@ -225,10 +236,21 @@ def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tenso
         tokens=sum(mask.sum() for mask in masks),
         padded_tokens=sum(mask.numel() for mask in masks),
         bad=sum(len(batch["replaced"]) for batch in micro_batches),
+        cut=sum(batch["cut"] for batch in micro_batches),
+        mended=sum(batch["mended"] for batch in micro_batches),
     )
     numbers = [torch.as_tensor(x, device=masks[0].device) for x in (*totals.values(), *size)]
     numbers = all_reduce(torch.stack(numbers))  # one message for all of them
     return dict(zip(totals, numbers)), StepSize(*numbers[len(totals) :].tolist())
+
+
+def nothing_learned(step: int, micro_batches: list[dict], c: Config) -> str:
+    """Why the gradient of a step is exactly 0, as a sentence. All ranks call."""
+    pictures = any_rank(any(bool(batch["has_image"].any()) for batch in micro_batches), pick_device())
+    why = "the losses of its samples do not reach what is trained; look at the weights of the losses"
+    if not pictures and c.stage in ("0a", "1"):
+        why = f"none of its samples has a picture, and stage {c.stage} trains the adapter alone; give others"
+    return f"the gradient of step {step} is exactly 0, so that nothing is learned: {why}"
 
 
 def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
@@ -281,40 +303,34 @@ def check_forms(step: Step, batch: dict, totals: dict[str, Tensor]) -> None:
             )
 
 
-def open_data(c: Config, student: VLM) -> data.LlavaDataset:
-    """--data, or the tiny world's, which rank 0 makes."""
+def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset:
+    """--data, or the tiny world's, which rank 0 makes; samples no longer than the models hold."""
     world = c.out / "world"
     if c.data is None and rank_and_ranks()[0] == 0:
         make_world(world)
     barrier()
+    held = [vlm.config.text.max_position_embeddings for vlm in (student, teacher) if vlm]
     return data.LlavaDataset(
-        c.data or world / ("pretrain.json" if c.stage in ("0a", "1") else "tune.json"),
-        c.images or world / "images",
+        c.data or [world / ("pretrain.json" if c.stage in ("0a", "1") else "tune.json")],
+        c.images or [world / "images"],
         student.tokenizer,
         student.num_image_tokens,
         student.config.vision.image_size,
         template="pretrain" if c.stage == "0a" else "chat",
-        max_length=c.max_length,
+        max_length=min(c.max_length, *held),
         skip_bad=c.skip_bad_samples,
     )
 
 
-def open_loader(c: Config, dataset: data.LlavaDataset, steps: int, start: int, device: str) -> DataLoader:
+def open_batches(
+    c: Config, dataset: data.LlavaDataset, steps: int, start: int, device: str
+) -> Iterator[dict]:
     """This rank's micro-batches from step `start` on, in an order that follows from the seed."""
     rank, ranks = rank_and_ranks()
     lengths = dataset.lengths if c.group_by_length else None
     samples, size = len(dataset), c.batch_size
     order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, start, lengths)
-    return DataLoader(
-        dataset,
-        batch_sampler=order,
-        collate_fn=data.collate,
-        num_workers=c.workers,
-        worker_init_fn=ignore_signals,
-        multiprocessing_context="fork" if c.workers and sys.platform == "linux" else None,  # shares memory
-        prefetch_factor=4 if c.workers else None,  # batches that each worker is ahead
-        pin_memory=device != "cpu",
-    )
+    return batches_made(dataset.batch, order, c.workers, pin=device != "cpu")
 
 
 # ---------------------------------------------------------------- python train.py
@@ -322,24 +338,34 @@ def open_loader(c: Config, dataset: data.LlavaDataset, steps: int, start: int, d
 
 def main(argv: list[str] | None = None) -> None:
     """`--stage`, or stages 1, 2 and 3, on one device or on as many as torchrun started."""
-    args = recipes.parse_args(__doc__, argv)
-    device = pick_device()
-    if device != "cpu":
-        torch.cuda.set_device(device)
-    backend = "gloo" if device == "cpu" else "nccl"
-    with one_sentence("stopped; the same command goes on"), ranks_of_torchrun(backend):
-        if args.parallel == "fsdp" and "RANK" not in os.environ:
-            raise BadInput("--parallel fsdp shards over processes: start train.py with torchrun")
-        rank, ranks = rank_and_ranks()
-        try:
-            for stage in {None: ("1", "2", "3"), "0": ("0a", "0b")}.get(args.stage, (args.stage,)):
-                folder = train(recipes.configure(stage, args, ranks))
-                args.student = args.vision = None  # the next stage goes on from this one
+    run = None  # the folder of saves of the stage that is trained
+
+    def going_on() -> str:
+        last = resume.saves(run)[:1] if run else []
+        return f"; the same command goes on from {last[0]}" if last else "; nothing is saved yet"
+
+    with one_sentence("stopped; the same command goes on", LESS, going_on):
+        args = recipes.parse_args(__doc__, argv)
+        with ranks_of_torchrun("nccl" if torch.cuda.is_available() else "gloo"):
+            if torch.cuda.is_available():
+                torch.cuda.set_device(pick_device())
+            if args.parallel == "fsdp" and "RANK" not in os.environ:
+                raise BadInput("--parallel fsdp shards over processes: start train.py with torchrun")
+            rank, ranks = rank_and_ranks()
+            try:
+                for stage in {None: ("1", "2", "3"), "0": ("0a", "0b")}.get(args.stage, (args.stage,)):
+                    c = recipes.configure(stage, args, ranks)
+                    run = c.run
+                    folder = train(c)
+                    args.student = args.vision = None  # the next stage goes on from this one
+                    if rank == 0:
+                        print(f"stage {stage} done: {folder}")
+            except Stopped as stopped:
                 if rank == 0:
-                    print(f"stage {stage} done: {folder}")
-        except Stopped as stopped:
-            if rank == 0:
-                print(stopped)
+                    print(stopped)
+
+
+LESS = "a smaller --batch-size with more --accumulation, --gradient-checkpointing, fewer --workers need less"
 
 
 if __name__ == "__main__":

@@ -42,8 +42,8 @@ import train  # noqa: E402
 from model import VLM  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
 from siglip import SiglipConfig  # noqa: E402
-from support.errors import at_least  # noqa: E402
 from support.layouts import VLMConfig  # noqa: E402
+from support.program import number  # noqa: E402
 from training import recipes  # noqa: E402
 from training.log import peak_memory  # noqa: E402
 from training.models import compile_layers  # noqa: E402
@@ -639,12 +639,12 @@ def main() -> None:
     for name, rounds in ("step", 3), ("vat", 8), ("scaling", 2), ("floor", 0):
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
-        command.add_argument("--batch", type=at_least(int, 1), help="samples (default: the shape's)")
+        command.add_argument("--batch", type=number(int, 1), help="samples (default: the shape's)")
         if rounds:
             command.add_argument(
-                "--rounds", type=at_least(int, 1), default=rounds, help="(default: %(default)s)"
+                "--rounds", type=number(int, 1), default=rounds, help="(default: %(default)s)"
             )
-            command.add_argument("--threads", type=at_least(int, 1), default=torch.get_num_threads())
+            command.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads())
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
             command.add_argument("--out", type=Path, help="write all numbers there, JSON")

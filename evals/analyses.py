@@ -45,8 +45,9 @@ from evals import benchmarks, figures, pictures, scorers
 from evals.answers import SHOWS
 from lean import VisualAttention
 from qwen import probabilities
-from support.checkpoint import whole_folder
-from support.errors import BadInput, at_least
+from support.errors import BadInput
+from support.files import whole_folder
+from support.program import number
 from support.world import TINY, caption_question, make_world, tiny_cases, tiny_items
 
 PLAIN, ALIGNED = ("sft", "kd"), ("compodistill", "compodistill-rows")  # what `python -m tiny` trains
@@ -139,6 +140,7 @@ def answered(vlm: model.VLM, question: Question) -> dict:
     """A sample for collate: the prompt, and the right answer as its labels."""
     sample = scorers.prompt(vlm, question.picture, question.text)
     answer = scorers.words(vlm, question.answer)
+    vlm.check_length(len(sample["input_ids"]) + len(answer), f"the answer {f'{question.answer!r}':.60}")
     labels = sample["labels"] + answer
     return {**sample, "input_ids": sample["input_ids"] + answer, "labels": labels, "id": question.answer}
 
@@ -188,7 +190,7 @@ def observe(
                 right = torch.where(asked, p, right)
             found[name].append((right, mass, cosine))
     for name, parts in found.items():
-        model.finite(torch.cat([part[0] for part in parts]), name)
+        model.finite(torch.cat([part[0] for part in parts]), models[name].name)
     seen = {}
     for name, parts in found.items():
         own = models[name].config.text.num_hidden_layers
@@ -294,7 +296,7 @@ def intervene(
                 found[name][way].append(yes_over_no(vlm, out.hidden, last, options))
     joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
     for name, ways in joined.items():
-        model.finite(torch.cat(list(ways.values())), name)
+        model.finite(torch.cat(list(ways.values())), {"teacher": teacher, **students}[name].name)
     return {name: {way: x.cpu().numpy() for way, x in ways.items()} for name, ways in joined.items()}
 
 
@@ -643,7 +645,7 @@ def add_arguments(commands) -> None:
 
 def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """What `analyse` and the tiny world's `story` have in common."""
-    add, number = parser.add_argument, dict(type=at_least(int, 1), metavar="N")
+    add, whole = parser.add_argument, dict(type=number(int, 1, 1e5), metavar="N")
     add("--out", type=Path, help=f"new folder for figures and numbers (default: {out})")
     add("--runs", type=Path, default=Path("out"), help="of `python -m tiny` (default: %(default)s)")
     add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
@@ -655,8 +657,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         help="that are aligned, as in training (default: %(default)s)",
     )
     add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
-    add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **number)
-    add("--batch-size", default=128, help="questions at once (default: %(default)s)", **number)
+    add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **whole)
+    add("--batch-size", default=128, help="questions at once (default: %(default)s)", **whole)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -32,9 +32,11 @@ from evals.scorers import (
     yes_odds,
 )
 from model import DTYPES
-from support.checkpoint import check_writable, find, fingerprint, lock_file, write_atomically
-from support.errors import BadInput, at_least
-from support.ranks import barrier, rank_and_ranks
+from support.checkpoint import find, fingerprint
+from support.errors import BadInput, one_line
+from support.files import check_output, lock_file, open_file, read_json, write_atomically
+from support.program import number
+from support.ranks import agree, barrier, rank_and_ranks
 
 BENCH_SCORERS = "choice", "likelihood", "likelihood-per-token", "yes", "generate"
 PAIR_SCORERS = BENCH_SCORERS[1:4]  # of captions, each alone; the other two write a reply to each question
@@ -103,11 +105,17 @@ def lock_answers(handle: IO, how: int) -> None:
     lock_file(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
+def is_answers(file: Path) -> bool:
+    """Whether a file begins as our answers do, even where its first line was cut."""
+    with open_file(file) as handle:
+        return b'{"question_id": '.startswith(handle.read(16))
+
+
 def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[str, dict]:
     """{question_id: line} of the file and of other ranks' parts; those of another run are refused."""
     answers = {}
     for part in parts_of(file):
-        with open(part, "rb") as handle:
+        with open_file(part) as handle:
             lock_answers(handle, fcntl.LOCK_SH)  # nobody writes to it
         for _, row in answer_lines(part):
             if different := [name for name, value in run.items() if row.get(name) != value]:
@@ -156,7 +164,8 @@ def answer_file(
     folder = find(args.model)
     run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
     run |= {"model": fingerprint(folder), "precision": args.precision}
-    check_writable(file.parent)
+    agree(run | {"batch size": args.batch_size, "questions": len(chosen)})
+    check_output(file, is_answers)
     answers = answers_so_far(file, run, everything)
     write_answers(file, answers, everything)  # in place of a cut line and of other ranks' parts
     todo = [question for key, question in chosen.items() if key not in answers]
@@ -213,9 +222,16 @@ def summary_file(args: argparse.Namespace, file: Path) -> Path:
     """Where the summary goes; refused before any work where it cannot."""
     kind = ".per-token" * (args.scorer == "likelihood-per-token") + ".as-released" * args.as_released
     out = args.out or file.with_suffix(f"{kind}.scores.json")
+
+    def is_summary(file: Path) -> bool:
+        try:
+            return {"benchmark", "headline"} <= read_json(file).keys()
+        except BadInput:
+            return False
+
+    check_output(out, is_summary, [file, args.annotations])
     if out.resolve() == file.resolve():
         raise BadInput(f"{out} holds the answers; choose another --out")
-    check_writable(out.parent)
     return out
 
 
@@ -273,12 +289,12 @@ def bench(args: argparse.Namespace) -> None:
         notes["unasked"] = sum(unasked) / len(unasked)
         print(f"{100 * notes['unasked']:.1f} % of {len(rows)} replies began with an option unasked")
     write_atomically(out, json.dumps(notes | summary.json(), indent=1))
-    print(f"{file} and {out}")
+    print(one_line(f"{file} and {out}"))
 
 
 def add_arguments(commands) -> None:
     command = commands.add_parser("bench", help="one of the eleven benchmarks, from its native files")
-    whole, add = at_least(int, 1), command.add_argument
+    whole, size, add = number(int, 1), number(int, 1, 1e5), command.add_argument
     add("name", choices=list(benchmarks.BENCHMARKS))
     add("--annotations", type=Path, required=True, help="file or folder, as readers.py says")
     add("--images", type=Path, help="folder of the pictures")
@@ -288,7 +304,7 @@ def add_arguments(commands) -> None:
     add("--score-only", type=Path, metavar="JSONL", help="score these answers, ours or LLaVA's; no model")
     add("--out", type=Path, metavar="JSON", help="the summary (default: beside the answers, .scores.json)")
     add("--limit", type=whole, metavar="N", help="about N pairs or questions, evenly spread (default: all)")
-    add("--batch-size", type=whole, default=32, help="questions at a time (default: %(default)s)")
-    add("--workers", type=at_least(int, 0), default=0, help="that decode pictures (default: 0)")
+    add("--batch-size", type=size, default=32, help="questions at a time (default: %(default)s)")
+    add("--workers", type=number(int, 0, 1000), default=0, help="that decode pictures (default: 0)")
     add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
     add("--as-released", action="store_true", help="the released texts, and parser of --scorer generate")

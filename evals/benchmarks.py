@@ -225,19 +225,31 @@ def score_pairs(name: str, pairs: list[Pair], scores: dict[str, Sequence[float]]
 
 
 def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[str, str], list[str]]:
-    """A file of JSON lines {"question_id", "prompt", "text"}, ours or LLaVA's -> {key: reply}, notes.
+    """A file of answers {"question_id", "prompt", "text"}, ours or of others -> {key: reply}, notes.
 
-    A line belongs to the item that has its question_id as key (R-Bench: to the later record), else to the
-    only one with its picture, which LLaVA's question_id is for TextVQA and MME, and with the first line of
-    its prompt. Raises BadInput for a line that is cut, repeats an answer, or answers something else.
+    A line belongs to the item whose key is its question_id (R-Bench: to the later record) or its image; else,
+    for VizWiz and Reefknot, to the one at the position that question_id is; else to the only one with its
+    picture, which LLaVA's question_id is for TextVQA and MME, and with the first line of its prompt. Raises
+    BadInput for a line that is cut, repeats an answer, or answers something else.
     """
     file, whole_prompt = Path(file), benchmark(name).pairs
     by_key, by_prompt = {item.key: item for item in items}, {}
+    by_place, numbers = {}, Counter()
     for item in items:
-        place = item.group, first_line(item.question)
+        place, part = (item.group, first_line(item.question)), item.answer.rows[0]
         by_prompt[place] = None if place in by_prompt else item
+        if name in ("vizwiz", "reefknot"):  # each of Reefknot's two files has its own positions
+            by_place.setdefault(numbers[part], []).append(item)
+            numbers[part] += 1
     comparable = (lambda text: tidy(text).lower()) if whole_prompt else first_line
-    answers, unknown = {}, 0
+
+    def fits(item: Item, record: dict) -> bool:
+        pictures = {Path(f"{record[name]}").stem for name in ("image_id", "image") if name in record}
+        same = str(record["question_id"]) == item.key or pictures <= {Path(item.group).stem}
+        prompt = record.get("prompt")
+        return same and (prompt is None or comparable(prompt) == comparable(item.question))
+
+    answers, unknown, placed = {}, 0, 0
     for where, record in answer_lines(file):
         if (theirs := record.get("benchmark", name)) != name:
             raise BadInput(f"{where} answers {theirs}, not {name}; score the file with its own benchmark")
@@ -247,23 +259,32 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
         group = key
         if name == "mme":  # artwork/images/1.jpg -> artwork/1
             group = f"{key.split('/')[0]}/{Path(key).stem}"
-        item = by_key.get(key) or by_prompt.get((group, first_line(prompt or "")))
-        if item is None:
+        named = by_key.get(key), by_key.get(Path(f"{record.get('image')}").name)
+        places = by_place.get(record["question_id"], [])  # of whole numbers; names of pictures are texts
+        found = [*named, *places, by_prompt.get((group, first_line(prompt or "")))]
+        found = [item for item in found if item]
+        if not found or prompt is None and len(places) > 1:
             unknown += 1
             continue
-        if prompt is not None and comparable(prompt) != comparable(item.question):
-            if item.answer.replaced:
-                continue  # the answer to the earlier record
+        item = next((item for item in found if fits(item, record)), None)
+        if item is None and found[0].answer.replaced:
+            continue  # the answer to the earlier record
+        if item is None:
+            keys = " or ".join(repr(item.key) for item in found)
             raise BadInput(
-                f"{where} answers another question than {name} has under {item.key!r}; score it with the "
+                f"{where} answers another question than {name} has under {keys}; score it with the "
                 "annotations that it was made from"
             )
         if item.key in answers and not item.answer.replaced:
             raise BadInput(f"{where} answers {item.key!r} once more; remove one of the two lines")
         answers[item.key] = text
-    if not answers:
+        placed += item in places and item not in named
+    if not answers or placed and not any(answers.values()):  # Reefknot's own records come with empty replies
         raise BadInput(f"{file}: no line answers a question of {name}; give the file of its answers")
-    return answers, [f"{unknown} lines answer no question of these annotations"] if unknown else []
+    notes = [f"{unknown} lines answer no question of these annotations"] if unknown else []
+    if placed:
+        notes.append(f"{placed} answers were joined by their position in the annotations")
+    return answers, notes
 
 
 def prompt_notes(name: str, prompts: Iterable[str | None]) -> list[str]:

@@ -9,7 +9,6 @@ without half characters, special tokens, and control characters, which could ste
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -24,7 +23,8 @@ from evals import scorers
 from model import DTYPES
 from qwen import Cache
 from support import layouts
-from support.errors import BadInput, at_least, sentence
+from support.errors import BadInput, one_line
+from support.program import number
 
 HELP = """A line is a question. Besides there are
   /image FILE   talk about another picture, in a new conversation
@@ -51,8 +51,6 @@ class Conversation:
         BadInput, and nothing has changed: a question that is no text, or beyond what the model can hold.
         """
         vlm, first = self.vlm, not self.ids
-        if any("\ud800" <= letter <= "\udfff" for letter in question):
-            raise BadInput("the question is not UTF-8 text; set the terminal to UTF-8")
         ids = self.ids + vlm.question_ids(question, first and self.picture is not None, first)
         start, longest = len(ids), vlm.config.text.max_position_embeddings
         if start >= longest:
@@ -106,7 +104,7 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
         pass
     sys.stdin.reconfigure(errors="replace")
     chat = Conversation(vlm, picture)
-    print(f"{picture or 'No picture'}. Ask, or /help.")
+    print(f"{one_line(picture or 'No picture')}. Ask, or /help.")
     while True:
         try:
             line = input("> ").strip()
@@ -121,18 +119,18 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
                     raise BadInput("/image needs the name of a file")
                 rest = rest.strip().strip("'\"")  # terminals paste paths in quotes
                 chat = Conversation(vlm, Path(rest).expanduser())
-                print(f"{rest}. A new conversation.")
+                print(f"{one_line(rest)}. A new conversation.")
             elif command == "/new":
                 chat = Conversation(vlm, chat.picture)
                 print("A new conversation" + (", about the same picture." if chat.picture else "."))
             elif command.startswith("/"):
-                print(HELP if command == "/help" else f"{command} is no command; /help lists them")
+                print(HELP if command == "/help" else f"{one_line(command)} is no command; /help lists them")
             elif line:
                 say(chat.ask(line, max_new_tokens))
         except KeyboardInterrupt:
             print("\n(stopped)")
         except ValueError as error:  # BadInput among them: the conversation goes on
-            print(f"error: {sentence(error)}")
+            print(f"error: {one_line(error)}")
 
 
 # ---------------------------------------------------------------- python eval.py chat
@@ -146,20 +144,16 @@ def add_arguments(commands) -> None:
     add("--question", help="only this: prints the answer and ends")
     add("--template", choices=layouts.TEMPLATES, help="of the prompt (default: what fits the checkpoint)")
     add("--precision", choices=list(DTYPES), default="fp32", help="(default: %(default)s)")
-    length = dict(type=at_least(int, 1), metavar="N")
+    length = dict(type=number(int, 1), metavar="N")
     add("--max-new-tokens", default=512, help="of an answer (default: %(default)s)", **length)
 
 
 def run(args: argparse.Namespace) -> None:
     """What the command line asks for. BadInput: one sentence for it to print."""
-    sys.stdout.reconfigure(errors="replace")  # a letter that a terminal does not know is no reason to end
     vlm = scorers.load(args.model, args.precision)
     vlm.template = args.template or vlm.template
     vlm.question_ids("", False)  # BadInput where its tokenizer lacks the template's tokens
-    try:
-        if args.question is None:
-            talk(vlm, args.image, args.max_new_tokens)
-        else:
-            say(Conversation(vlm, args.image).ask(args.question, args.max_new_tokens))
-    except BrokenPipeError:  # whoever reads has seen enough, as `head` does; at its exit Python tries again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if args.question is None:
+        talk(vlm, args.image, args.max_new_tokens)
+    else:
+        say(Conversation(vlm, args.image).ask(args.question, args.max_new_tokens))

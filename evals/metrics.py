@@ -35,19 +35,28 @@ class Estimate(NamedTuple):
 # ---------------------------------------------------------------- what a reply says
 
 
+# What follows the letter A, but no article: adverbs and a verb ("best matches", "would"), and other words.
+ADVERBS = r"(?:(?:best|better|more|most|only|(?!family|butterfly)\w{4,}ly)\s+)*"
+VERB = r"(?:is|was|has|would|should|could|(?:can|may|might|must|will)\s+be|[a-z]+[b-hj-nprtv-z]s)"
+NO_NOUN = rf"(?!series|species|sports)(?:{ADVERBS}{VERB}|because|and|or|nor|but|as|[Tt]he|[Aa]n?)\b"
+
+
 def option(reply: str, letters: Sequence[str] = "AB") -> str | None:
     """The letter that a reply chooses, or None: no letter, or several of them.
 
-    A reply chooses what it begins with or is ("B", "(b)", "A. A cat"), else the only letter in it that stands
-    alone. An "A" before a word is the article, unless that word is one of a few that follow no article: so
-    "B behind" chooses B and "A behind" nothing.
+    A reply chooses what it is or begins with ("B", "(b)", "A. A cat"), unless another letter, "and" or "or"
+    comes next; else the only letter in it that stands alone. An "A" before a word is the article, unless a
+    verb follows ("A best matches it"), another word that follows no article ("A because") or, at most two
+    words on, another letter ("A over B"): so "B behind" chooses B and "A behind" nothing.
     """
     some = f"[{''.join(letters)}]"
-    if match := re.match(rf"\W*({some})(?:\W*$|[).:,\]\"'\n])", reply, re.IGNORECASE):
+    end = r"(?:\W*$|[).:,\]\"'])"
+    more = rf"[^\w\n]*(?:(?:and|or|nor)\b|{some}{end})"
+    if match := re.match(rf"\W*({some})(?:\n(?!\W*{some}\W*$)|{end}(?!{more}))", reply, re.IGNORECASE):
         return match[1].upper()
-    article = r"(?!\s+(?!(?:is|because|describes|and|or|[Tt]he|[Aa]n?)\b)\w)"
-    alone = rf"\(({some})\)|(?<![\w.'-])(?:(?!A)({some})|(A){article})(?![\w'-])"
-    found = {"".join(groups) for groups in re.findall(alone, reply)} & set(letters)
+    article = rf"(?!\s+(?!{NO_NOUN}|(?:\w+\.?\s+){{0,2}}(?!A){some}\b)\w)"
+    alone = rf"\((?i:({some}))\)|(?<![\w.'-])(?:(?!A)({some})|(A){article})(?![\w'-])"
+    found = {"".join(groups).upper() for groups in re.findall(alone, reply)} & set(letters)
     return found.pop() if len(found) == 1 else None
 
 
@@ -303,6 +312,10 @@ def score_gqa(items: list[Item], answers: dict[str, str]) -> list[dict]:
 ALL = [0, 1, 2, 3, 4, 5]
 RATES = {"accuracy": ([0, 4], ALL), "precision": ([0], [0, 3]), "recall": ([0], [0, 1, 2])}
 RATES_OF_NO = {"precision": ([4], [1, 4]), "recall": ([4], [3, 4, 5])}
+MME_RATES = RATES | {
+    "recall": ([0], [0, 1])
+}  # as MME's calculation.py: replies that are neither are left out
+MME_RATES_OF_NO = RATES_OF_NO | {"recall": ([4], [3, 4])}
 OTHER_RATES = {"yes ratio": ([0, 3], ALL), "other": ([2, 5], ALL)}
 
 
@@ -317,8 +330,8 @@ def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
 
 
 def rate(counts: np.ndarray, part: list[int], whole: list[int], eps: float) -> np.ndarray:
-    """Some of the six counts (...,6) as a share of others -> (...,)."""
-    return counts[..., part].sum(-1) / np.maximum(counts[..., whole].sum(-1) + eps, 1e-12)
+    """Some of the six counts (...,6) as a share of others -> (...,); shares of all replies have no eps."""
+    return counts[..., part].sum(-1) / np.maximum(counts[..., whole].sum(-1) + eps * (whole != ALL), 1e-12)
 
 
 def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
@@ -327,17 +340,21 @@ def f1(counts: np.ndarray, eps: float, rates: dict = RATES) -> np.ndarray:
     return 2 * p * r / np.maximum(p + r + eps, 1e-12)
 
 
-def yes_no(cases: np.ndarray, eps: float = 0.0) -> dict[str, Estimate]:
+def yes_no(
+    cases: np.ndarray, eps: float = 0.0, rates: dict = RATES, of_no: dict = RATES_OF_NO
+) -> dict[str, Estimate]:
     """All rates of yes/no replies, with intervals: cases (replies,6)."""
     counts = cases.sum(0)
 
     def shares(rates: dict) -> dict[str, Estimate]:
-        return {name: share(counts[p].sum(), counts[w].sum() + eps) for name, (p, w) in rates.items()}
+        return {
+            name: share(counts[p].sum(), counts[w].sum() + eps * (w != ALL)) for name, (p, w) in rates.items()
+        }
 
     def score(rates: dict) -> Estimate:
         return bootstrap([cases], lambda means: 100 * f1(len(cases) * means[0], eps, rates))
 
-    return shares(RATES) | {"F1": score(RATES), "F1 of no": score(RATES_OF_NO)} | shares(OTHER_RATES)
+    return shares(rates) | {"F1": score(rates), "F1 of no": score(of_no)} | shares(OTHER_RATES)
 
 
 def score_mme(items: list[Item], answers: dict[str, str]) -> list[dict]:
@@ -349,7 +366,7 @@ def score_mme(items: list[Item], answers: dict[str, str]) -> list[dict]:
 
     def cells(units: list) -> dict[str, Estimate]:
         both = points(units)
-        figures = yes_no(counted(units, mme_reply))
+        figures = yes_no(counted(units, mme_reply), rates=MME_RATES, of_no=MME_RATES_OF_NO)
         plus = share((both[:, 1] > 0).sum(), len(both))
         score = bootstrap([both], lambda means: means[0].sum(-1))
         return {"score": score, "accuracy": figures.pop("accuracy"), "accuracy+": plus, **figures}
@@ -365,14 +382,17 @@ def score_mme(items: list[Item], answers: dict[str, str]) -> list[dict]:
 
 
 def score_rbench(items: list[Item], answers: dict[str, str]) -> list[dict]:
-    """Per id list, and the mean of the lists: F1 is averaged, not made from the mean precision and recall."""
+    """Per id list, and the mean of the lists: F1 is averaged, not made from the mean precision and recall.
+
+    n of a list counts its entries, of which some have the same id; of the mean, the ids.
+    """
     rows = gather(items, answers)
     found = table(rows, lambda units: yes_no(counted(units, pope_reply), eps=1e-5))
     lists = sorted(name for name in rows if name.startswith("list ") and rows[name].units)
     if not lists:
         return found
     units = rows["all ids"].units
-    members = np.array([[name in unit[0][0].rows for name in lists] for unit in units])
+    members = np.array([[unit[0][0].rows.count(name) for name in lists] for unit in units])
     cases = counted(units, pope_reply)[:, None, :] * members[:, :, None]  # (ids, lists, 6)
 
     def over_lists(function: Callable[..., np.ndarray], *args) -> Estimate:

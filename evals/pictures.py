@@ -3,13 +3,15 @@
 Shapes: R text rows, P visual tokens.
 """
 
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import Tensor
 
 import data
@@ -17,7 +19,8 @@ import distill
 import lean
 import model
 from evals.scorers import batches, prompt
-from support.errors import BadInput
+from support.errors import BadInput, one_line
+from support.files import check_output
 
 
 @torch.no_grad()
@@ -84,9 +87,58 @@ def attention_picture(
     return drawn
 
 
+MADE = "Software", "nanocompodistill"  # in every PNG that we write: these may be replaced
+
+
+def check_picture(file: Path, *inputs: Path) -> None:
+    """One sentence where `file` cannot be written, or holds what is not a picture of ours."""
+
+    def is_ours(file: Path) -> bool:
+        try:
+            with Image.open(file, formats=("PNG",)) as image:
+                return image.info.get(MADE[0]) == MADE[1]
+        except (OSError, ValueError, SyntaxError):
+            return False
+
+    check_output(file, is_ours, inputs)
+
+
 def fit(text: str, lines: int = 1) -> str:
     """A text over a picture, cut to so many lines."""
     return "\n".join(textwrap.wrap(text, 38, max_lines=lines, placeholder=" ..."))
+
+
+FONTS = "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/Library/Fonts"
+FONTS += "/System/Library/Fonts", "C:/Windows/Fonts"
+
+
+def draws(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font has a letter: one that it lacks is drawn as its box, which stands for U+FFFF, too."""
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))
+
+
+def font_for(letters: str) -> tuple[ImageFont.FreeTypeFont, str]:
+    """A font, and those of the letters that it lacks: Pillow's own, or the system's that lacks the fewest."""
+    best, lacking = ImageFont.load_default(13), "".join(sorted({*letters}))
+    for font in [best, *system_fonts()]:
+        lacks = "".join(letter for letter in sorted({*letters}) if not draws(font, letter))
+        if len(lacks) < len(lacking):
+            best, lacking = font, lacks
+        if not lacking:
+            break
+    if lacking:
+        print(f"no font here has {one_line(lacking)}: the picture has U+ numbers instead", file=sys.stderr)
+    return best, lacking
+
+
+def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
+    """The fonts that are installed."""
+    for folder in FONTS:
+        for file in sorted(Path(folder).expanduser().rglob("*.[to]t[fc]")):
+            try:
+                yield ImageFont.truetype(str(file), 13)
+            except OSError:
+                pass  # of a kind that Pillow does not read
 
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
@@ -94,13 +146,17 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
     width, height = (SIDE + GAP) * max(map(len, rows)) + GAP, (HEAD + SIDE + GAP) * len(rows) + GAP
     page = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(page)
+    font, lacking = font_for("".join(text for columns in rows for text, _ in columns))
     for row, columns in enumerate(rows):
         for column, (text, image) in enumerate(columns):
             x, y = GAP + column * (SIDE + GAP), GAP + row * (HEAD + SIDE + GAP)
-            pen.multiline_text((x, y), text, fill="black", font_size=13)
+            text = "".join(f"U+{ord(letter):X} " if letter in lacking else letter for letter in text)
+            pen.multiline_text((x, y), text, fill="black", font=font)
             page.paste(image, (x, y + HEAD))
+    made = PngImagePlugin.PngInfo()
+    made.add_text(*MADE)
     try:
-        page.save(file)
+        page.save(file, pnginfo=made)
     except (OSError, ValueError) as error:  # ValueError: no ending that names a format
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{file} could not be written ({reason}); give the name of a new .png") from None

@@ -6,8 +6,8 @@ Inside: one reader and prompt per benchmark. Left out on purpose: evaluation ser
 instance level (masks), Reefknot's open questions (they need a judge).
 """
 
-import json
-import os
+import codecs
+import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from data import inside
 from support.errors import BadInput
+from support.files import field, open_file, parse_json, read_json, read_text, texts, write_atomically
 
 LETTERS = "ABCDEF"
 YES_NO = ("yes", "no")
@@ -26,7 +27,7 @@ class Truth(NamedTuple):
     """What scoring needs of one question; the model never sees it."""
 
     label: Any  # the letter, "yes" or "no", the word, or all human answers
-    rows: tuple[str, ...]  # rows of the table that it counts in
+    rows: tuple[str, ...]  # rows of the table that it counts in, in one named twice it counts twice (R-Bench)
     unit: str = ""  # questions of one unit count together: the orders of a pair, an MME picture
     square: str = ""  # two pairs of one square are two pictures that share their two captions
     replaced: int = 0  # earlier records of the same id, which do not count (R-Bench)
@@ -58,71 +59,72 @@ class Pair(NamedTuple):
 
 
 def load(file: Path, kind: type) -> Any:
-    """A JSON file that holds a `kind`. Two equal keys are an error: Python would silently keep the last."""
-
-    def once(pairs: list[tuple[str, Any]]) -> dict:
-        if len(content := dict(pairs)) != len(pairs):
-            key = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise BadInput(f"record {key!r} is there twice")
-        return content
-
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise BadInput(f"{file} cannot be read ({error.strerror})") from None
-    except BadInput as error:
-        raise BadInput(f"{file}: {error}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadInput(f"{file} is no JSON ({error})") from None
-    if not isinstance(content, kind):
-        raise BadInput(f"{file} holds a {type(content).__name__}, not a {kind.__name__}")
-    return content
+    """A JSON file that holds a `kind`; what to do about it is said by benchmarks.read."""
+    return read_json(file, kind, remedy="")
 
 
-def load_lines(file: Path, remedy: str = "", may_be_cut: bool = False) -> Iterator[tuple[str, dict]]:
-    """The objects of a file of JSON lines, each with file and number to name it by.
+def load_lines(file: Path, may_be_cut: bool = False) -> Iterator[tuple[str, dict]]:
+    """The objects of a file of JSON lines, or of one JSON list, each with file and number to name it by.
 
     may_be_cut: a last line without its end, which a killed run leaves, is dropped.
     """
     try:
-        with open(file, "rb") as handle:
-            for number, line in enumerate(handle, 1):
-                where = f"{file}, line {number}"
-                try:
-                    record = json.loads(line.decode("utf-8")) if line.strip() else None
-                except (ValueError, RecursionError):
-                    if may_be_cut and not line.endswith(b"\n"):
-                        return
-                    raise BadInput(f"{where} is damaged or cut short{remedy}") from None
-                if line.strip() and not isinstance(record, dict):
-                    raise BadInput(f"{where} is no JSON object{remedy}")
-                if line.strip():
-                    yield where, record
+        with open_file(file) as handle:
+            content = handle.read().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise BadInput(f"{file} cannot be read ({error.strerror})") from None
+        raise BadInput(f"{file} is missing or cannot be read ({error.strerror})") from None
+    if content.lstrip().startswith(b"["):
+        records = _parsed(content, f"{file}, line 1: the list that begins there")
+        numbered = ((f"{file}, record {number}", record) for number, record in enumerate(records))
+    else:
+        numbered = _parsed_lines(file, content, may_be_cut)
+    for where, record in numbered:
+        if not isinstance(record, dict):
+            raise BadInput(f"{where} is no JSON object")
+        yield where, record
+
+
+def _parsed_lines(file: Path, content: bytes, may_be_cut: bool) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(io.BytesIO(content), 1):
+        where = f"{file}, line {number}"
+        try:
+            if line.strip():
+                yield where, _parsed(line, where)
+        except BadInput:
+            if may_be_cut and not line.endswith(b"\n"):
+                return
+            raise
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return parse_json(content.decode("utf-8"), "it")
+    except (BadInput, UnicodeDecodeError) as error:
+        raise BadInput(f"{where} is damaged or cut short: {error}") from None
+
+
+# What others call the fields of an answer: LLaVA's scripts for GQA and VQAv2, VizWiz's server, Reefknot.
+ANSWER_FIELDS = {
+    "question_id": ("questionId", "image"),
+    "prompt": ("query_prompt",),
+    "text": ("prediction", "response", "answer"),
+}
 
 
 def answer_lines(file: Path) -> Iterator[tuple[str, dict]]:
     """The lines of an answers file; a last one that a killed run has cut is dropped."""
-    if not file.is_file():
-        raise BadInput(f"{file}: no such file of answers; give JSON lines with question_id, prompt and text")
-    for where, row in load_lines(file, "; remove that line", may_be_cut=True):
-        identity(row, "question_id", where)
-        yield where, row
-
-
-def field(record: Any, name: str, kind: type, where: str) -> Any:
-    """record[name], which must be a `kind` and, if a text, not blank."""
-    value = record.get(name) if isinstance(record, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-        raise BadInput(f"{where}: {name} is {f'{value!r}':.60}, not a {kind.__name__}")
-    if isinstance(value, str) and not value.strip():
-        raise BadInput(f"{where}: {name} is empty")
-    return value
-
-
-def texts(record: Any, where: str, *names: str) -> list[str]:
-    return [field(record, name, str, where) for name in names]
+    try:
+        for number, (where, row) in enumerate(load_lines(file, may_be_cut=True)):
+            for ours, theirs in ANSWER_FIELDS.items():
+                if names := [name for name in theirs if name in row]:
+                    row.setdefault(ours, row[names[0]])
+            if "query_prompt" in row:  # Reefknot's own records have no id, so their position stands for it
+                row.setdefault("question_id", number)
+            identity(row, "question_id", where)
+            yield where, row
+    except BadInput as error:
+        form = "JSON lines, or one JSON list, of objects with question_id, prompt and text"
+        raise BadInput(f"{error}; remove what is wrong, or give another file: {form}") from None
 
 
 def identity(record: Any, name: str, where: str) -> str:
@@ -282,9 +284,7 @@ def unpack(content: bytes, file: Path) -> None:
     """A picture into a file that appears whole or not at all."""
     if file.exists() and file.stat().st_size == len(content):
         return
-    temporary = file.with_name(f".{file.name}.writing-{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)
+    write_atomically(file, content)
 
 
 # ---------------------------------------------------------------- readers: (annotations, images) -> items
@@ -360,8 +360,11 @@ def vizwiz(annotations: Path, images: Path | None) -> Iterator[Item]:
     file = one(annotations, "*val.json")
     for number, record in enumerate(load(file, list)):
         where = f"{file}, record {number}"
-        image, kind, question = texts(record, where, "image", "answer_type", "question")
-        prompt = question.strip() + UNANSWERABLE + SHORT
+        image, question = texts(record, where, "image", "question")
+        if "answers" not in record:
+            raise BadInput(f"{where} has no answers, as test.json has none; give val.json")
+        (kind,) = texts(record, where, "answer_type")
+        prompt = question.capitalize() + UNANSWERABLE + SHORT
         truth = Truth(human_answers(record, where), ("all", kind))
         yield Item(image, picture(images, image, f"val/{image}"), prompt, (), truth, image)
 
@@ -381,11 +384,7 @@ def mme(annotations: Path, images: Path | None) -> Iterator[Item]:
             (annotations / subtask).glob("**/*.txt")
         )
         for file in files:
-            try:
-                lines = file.read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise BadInput(f"{file} cannot be read ({error})") from None
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(read_text(file).splitlines(), 1):
                 *name, question, label = ["", *line.split("\t")][-3:]
                 if label not in ("Yes", "No") or not (question := question.replace(PLEASE, "").strip()):
                     raise BadInput(f"{file}, line {number} is not: picture, question, Yes or No")
@@ -400,22 +399,23 @@ def mme(annotations: Path, images: Path | None) -> Iterator[Item]:
 
 def rbench(annotations: Path, images: Path | None) -> Iterator[Item]:
     """The image-level list and, beside it, the id lists nocaps_image-level_rel_ids_1.json to 5: the published
-    figures are means over these. 95 ids are there twice; the later record counts, as in the official code.
+    figures are means over these. As in the official code, an id that is twice in an id list counts twice, and
+    of records that share an id (95 do) the later one counts.
     """
     file = one(annotations, "image-level_*.json")
     lists = {}
     for path in sorted(file.parent.glob("*image-level_rel_ids_[1-5].json")):
-        lists[f"list {path.stem[-1]}"] = {str(key) for key in load(path, list)}
+        lists[f"list {path.stem[-1]}"] = Counter(map(str, load(path, list)))
     records: dict[str, list[dict]] = {}
     for number, record in enumerate(load(file, list)):
         key = identity(record, "question_id", f"{file}, record {number}")
         records.setdefault(key, []).append(record)
-    if strange := [name for name, keys in lists.items() if not keys & records.keys()]:
+    if strange := [name for name, ids in lists.items() if not ids.keys() & records.keys()]:
         raise BadInput(f"{file}: id {strange[0]} beside it has none of its ids")
     for key, same in records.items():
         where, record = f"{file}, question {key}", same[-1]
         name, text, label = texts(record, where, "image", "text", "label")
-        rows = ("all ids", *(row for row, keys in lists.items() if key in keys))
+        rows = ("all ids", *(name for name in lists for _ in range(lists[name][key])))
         truth = Truth("no" if "no" in label.lower() else "yes", rows, replaced=len(same) - 1)
         yield Item(key, picture(images, name), text, YES_NO, truth, name)
 

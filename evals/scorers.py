@@ -7,6 +7,7 @@ Shapes: R or B prompts, N pictures, T tokens, P visual tokens, C width, V vocabu
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import data
 import model
 from qwen import Cache
 from support.errors import BadInput
+from support.loading import batches_made
 
 BATCH = 256  # prompts scored at once
 
@@ -69,17 +71,9 @@ class Batch(NamedTuple):
     thens: list[tuple[int, ...]]
 
 
-class Pictures(torch.utils.data.Dataset):
-    """The pictures of each batch, (N,3,S,S): decoded in a DataLoader's workers."""
-
-    def __init__(self, files: list[list[Path]], size: int):
-        self.files, self.size = files, size
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.stack([data.preprocess(file, self.size) for file in self.files[index]])
+def decoded(files: list[Path], size: int) -> Tensor:
+    """Pictures (N,3,S,S)."""
+    return torch.stack([data.preprocess(file, size) for file in files])
 
 
 def words(vlm: model.VLM, text: str) -> list[int]:
@@ -100,9 +94,8 @@ def shared_once(
 ) -> Iterator[tuple[list[int], Batch]]:
     """The prompts in batches, each a list of their indices in `chunks`, pictures decoded by `workers`."""
     files = [list(dict.fromkeys(asks[i].picture for i in chunk)) for chunk in chunks]
-    pictures = Pictures(files, vlm.config.vision.image_size)
-    loader = torch.utils.data.DataLoader(pictures, batch_size=None, num_workers=workers)
-    for chunk, some, pixels in zip(chunks, files, loader):
+    pictures = batches_made(partial(decoded, size=vlm.config.vision.image_size), files, workers)
+    for chunk, some, pixels in zip(chunks, files, pictures):
         row_of = {file: row for row, file in enumerate(some)}
         yield chunk, prefill(vlm, [asks[i] for i in chunk], [row_of[asks[i].picture] for i in chunk], pixels)
 
@@ -115,6 +108,8 @@ def prefill(vlm: model.VLM, asks: list[Ask], owner: list[int], pixels: Tensor) -
     picture; their keys and values then serve all its prompts: both orders, both captions, every question.
     """
     prompts = [vlm.question_ids(ask.question, picture=True) for ask in asks]
+    for ids, ask in zip(prompts, asks):
+        vlm.check_length(len(ids) + len(ask.then), f"the answer to {f'{ask.question!r}':.60}")
     shared = min(common(prompts), min(map(len, prompts)) - 1)  # the end of each prompt is still to be read
     cache = Cache(len(vlm.lm.model.layers))
     ids = torch.tensor([prompts[0][:shared]], device=vlm.device).expand(len(pixels), -1)
@@ -145,7 +140,7 @@ def log_probabilities(vlm: model.VLM, batch: Batch) -> Iterator[Tensor]:
     head = vlm.lm.head_weight.float()  # in bfloat16 near logits would tie
     for at in range(0, len(rows), 16):  # not all at once: V is 150,000
         some = rows[at : at + 16]
-        logits = model.finite(F.linear(torch.cat(some).float(), head))
+        logits = model.finite(F.linear(torch.cat(some).float(), head), vlm.name)
         yield from logits.log_softmax(-1).split([len(row) for row in some])
 
 

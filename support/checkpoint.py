@@ -1,20 +1,15 @@
-"""Checkpoint folders, read strictly: config.json + safetensors; and whatever is written whole or not at all.
+"""Checkpoint folders, read strictly and written whole: config.json + safetensors.
 
 Left out on purpose: pickle (.bin, .pt). Weights come from strangers, and a pickle runs code when it is
 opened.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from support.errors import BadInput
+from support.files import open_file, read_json, sync, whole_folder
 
 # ---------------------------------------------------------------- reading
 
@@ -48,33 +44,19 @@ def find(path_or_hub_name: str | Path) -> Path:
         ) from error
 
 
-def read_json(file: Path) -> dict:
-    """A JSON object; anything else is one sentence about that file."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise BadInput(
-            f"{file} is missing or cannot be read; is {file.parent} a checkpoint folder?"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file} is not valid JSON ({error}); fetch or write it again") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{file} holds a {type(content).__name__}, not a JSON object")
-    return content
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: all shards of its index, or one model.safetensors."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
+    """The safetensors files of a checkpoint: model.safetensors or, where there is none, all of its index.
+
+    transformers looks in this order, too: an index may be left over from an older save.
+    """
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
         names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
         if not names or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{index} names no shard; fetch the checkpoint again")
         if outside := [name for name in names if Path(name).name != name]:
             raise BadInput(f"{index} points outside its folder ({outside[0]}); do not trust this checkpoint")
-    else:
-        names = ["model.safetensors"]
     files = [folder / name for name in names]
     if missing := [file for file in files if not file.exists()]:
         if pickles := sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]):
@@ -93,9 +75,11 @@ def tensor_names(folder: Path) -> list[str]:
 
 def _open(file: Path):
     try:
+        open_file(file).close()  # a pipe would be waited for
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file} is damaged or cut short ({error}); fetch it again") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{file} is damaged or cut short ({reason}); fetch it again") from None
 
 
 def load_weights(
@@ -119,6 +103,8 @@ def load_weights(
             ours = rename(name)
             if ours is None:
                 continue
+            if ours in state:
+                raise BadInput(f"{file}: tensor {name} is there twice; remove what is left of another save")
             if ours not in wanted:
                 raise BadInput(
                     f"{file}: tensor {name} has no place in this model; check that config.json belongs to it"
@@ -141,39 +127,44 @@ def load_weights(
     module.load_state_dict(state, strict=True, assign=True)
 
 
+SMALL = 64 << 20  # bytes: up to here the fingerprint reads a file whole
+
+
 def fingerprint(folder: Path) -> str:
-    """Tells one checkpoint folder from another: its config, and size, beginning and end of its weights."""
+    """Tells one checkpoint folder from another: its config and tokenizer, and some bytes of every tensor.
+
+    Of a large file these are its header and four places of 1 KiB in each tensor.
+    """
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} has no config.json; give a checkpoint folder")
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in weight_files(folder):
+    digest = hashlib.sha256()
+    for file in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
+        if not file.exists():  # a tokenizer
+            continue
         size = file.stat().st_size
-        with open(file, "rb") as handle:
-            digest.update(f"{file.name} {size}".encode() + handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            digest.update(handle.read())
+        digest.update(f"{file.name} {size}\n".encode())
+        with open_file(file) as handle:
+            for begin, length in [(0, size)] if size <= SMALL else places(file):
+                digest.update(os.pread(handle.fileno(), length, begin))
     return digest.hexdigest()[:16]
 
 
+def places(file: Path) -> list[tuple[int, int]]:
+    """(first byte, number of bytes) of a safetensors file's header and of four places in each tensor."""
+    _open(file)  # a sentence where the header is damaged
+    with open_file(file) as handle:
+        length = int.from_bytes(handle.read(8), "little")  # a number, a JSON object, then the tensors
+        header = json.loads(handle.read(length))
+    found = [(0, 8 + length)]
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+            step = max(0, end - begin - 1024) // 3
+            found += [(begin + i * step, min(1024, end - begin)) for i in range(4)]
+    return found
+
+
 # ---------------------------------------------------------------- writing
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes the name `folder` at the end: all of it or nothing.
-
-    A folder that exists and is not empty is an error: nothing already saved is ever overwritten.
-    """
-    folder = Path(folder).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} exists already and is not empty; choose another --out")
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, folder)  # replaces an empty folder, too
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_folder(
@@ -187,43 +178,8 @@ def write_folder(
             save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
             for name, text in {"config.json": json.dumps(config, indent=1) + "\n", **(extra or {})}.items():
                 (temporary / name).write_text(text, encoding="utf-8")
-            # on disk before the name is: a power cut leaves no empty file behind
             for file in temporary.iterdir():
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                sync(file)
     except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         reason = getattr(error, "strerror", None) or error
         raise BadInput(f"{folder} could not be written ({reason}); free space or choose another") from error
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a text file: after a crash the old one or the new one is there, whole."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-
-
-def check_writable(folder: Path) -> None:
-    """One sentence, before any work, for a folder that cannot be made or written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"x")
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
-
-
-def lock_file(file: IO, how: int, taken: str) -> None:
-    """Lock an open file (fcntl.LOCK_EX, LOCK_SH) until it is closed, however the process ends.
-
-    Where another process has it, BadInput with the sentence `taken`.
-    """
-    try:
-        fcntl.lockf(file, how | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise BadInput(taken) from None
-    except OSError:
-        pass  # a file system without locks

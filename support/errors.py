@@ -1,51 +1,58 @@
-"""What a user is told: one sentence for everything that a user can mend, never a traceback."""
+"""What a user is told: one sentence, on one line, for all that a user or the machine has to mend."""
 
-import argparse
-import math
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import torch
+from torch import distributed as dist
+
+
+def one_line(text: object) -> str:
+    """A text as a terminal may show it. Files may come from strangers, and what is in them may steer it.
+
+    Line breaks, control characters, marks that turn the direction of writing and lone surrogates become
+    escapes like \\x1b.
+    """
+    letters = str(text)
+    if letters.isprintable():
+        return letters
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in letters)
+
+
+def is_utf8(text: str) -> bool:
+    """False where it has lone surrogates, as JSON and terminals can give them: no tokenizer takes these."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class BadInput(ValueError):
     """Something the user gave is wrong. The message is one sentence that names the file and the remedy."""
 
-
-def sentence(error: Exception) -> str:
-    """What to tell the user: the last line, without the trace that a DataLoader's worker puts before it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].removeprefix("support.errors.BadInput: ")
+    def __init__(self, sentence: object = ""):
+        super().__init__(one_line(sentence))
 
 
-@contextmanager
-def one_sentence(stopped: str = "stopped") -> Iterator[None]:
-    """Around a whole program: what the user can mend becomes `error: SENTENCE` and exit status 1.
+MEMORY, GPU_MEMORY = "the memory of this machine is used up", "the memory of the GPU is used up"
+RANKS = "the connection to the other ranks is lost"
+# Errors of the machine: (type, what its text has, what is said). Other RuntimeErrors are ours, or of a change
+# that somebody is trying out, and keep their traceback.
+MACHINE = (
+    (MemoryError, "", MEMORY),
+    (RuntimeError, "DefaultCPUAllocator", MEMORY),
+    (RuntimeError, "t allocate memory", MEMORY),
+    (torch.OutOfMemoryError, "", GPU_MEMORY),
+    (RuntimeError, "CUDA error: out of memory", GPU_MEMORY),
+    (RuntimeError, "CUBLAS_STATUS_ALLOC_FAILED", GPU_MEMORY),
+    (RuntimeError, "</torch_", "the shared memory in which --workers hand over batches is used up"),
+    (RuntimeError, "DataLoader timed out", "no batch came from --workers, perhaps for want of shared memory"),
+    (RuntimeError, "DataLoader worker", "one of --workers was killed, perhaps for want of memory"),
+    (dist.DistError, "", RANKS),
+    (RuntimeError, "/gloo/", RANKS),
+    (RuntimeError, "NCCL", RANKS),
+)
 
-    That is BadInput, and what the system says of files (OSError). Ctrl-C and SIGTERM end it with `stopped`.
-    Any other error is ours, or of a change that somebody is trying out, and keeps its traceback.
-    """
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(stopped)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {sentence(error)}")
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
-
-def at_least(kind: type, least: float):
-    """An argparse type: a finite number of this kind that is at least `least`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number") from None
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is out of range, at least {least} is asked for")
-        return value
-
-    return convert
+def of_machine(error: BaseException) -> str | None:
+    """What an error of the machine says, in words of ours and its own; None for all other errors."""
+    text = str(error).strip()
+    found = [said for kind, part, said in MACHINE if isinstance(error, kind) and part in text]
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        found = ["--compile does not work here; leave it out"]
+    reason = one_line((text.splitlines() or [""])[-1])
+    return f"{found[0]}{f' ({reason:.200})' * bool(reason)}" if found else None

@@ -136,12 +136,19 @@ def _with_image_word(c: VLMConfig, tokenizer: Tokenizer, tensors: dict[str, Tens
     return replace(c, image_token_index=word), tokenizer, tensors
 
 
-# data.SYSTEM and data.pieces as transformers' chat template: the picture is at the front of its question.
+# data.SYSTEM and data.pieces as transformers' chat template: the picture is at the front of its question. As
+# in other chat models' templates contents are texts or lists of parts, and a system's turn replaces SYSTEM.
 CHAT_TEMPLATE = (
-    "{{ " + json.dumps(data.SYSTEM) + " }}{% for turn in messages %}"
-    "{% set text = (turn.content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) %}"
-    "{% if turn.role == 'assistant' %}ASSISTANT: {{ text | trim }}<|endoftext|>{% else %}USER: "
-    "{% for part in turn.content if part.type == 'image' %}<image>{{ '\\n' }}{% endfor %}{{ text | trim }} "
+    "{% if messages[0].role != 'system' %}{{ " + json.dumps(data.SYSTEM) + " }}{% endif %}"
+    "{% for turn in messages %}{% set plain = turn.content is string %}"
+    "{% set parts = [] if plain else turn.content %}"
+    "{% set text = (turn.content if plain else "
+    "parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) | trim %}"
+    "{% if turn.role == 'assistant' %}ASSISTANT: {{ text }}<|endoftext|>"
+    "{% elif turn.role == 'user' %}USER: "
+    "{% for part in parts if part.type == 'image' %}<image>{{ '\\n' }}{% endfor %}{{ text }} "
+    "{% elif turn.role == 'system' and loop.first %}{{ text }} "
+    "{% else %}{{ raise_exception('turns are user and assistant; one of system may stand first') }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 

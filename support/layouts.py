@@ -8,41 +8,102 @@
 What a network cannot do (sliding windows, another activation) is refused here, where its config is read.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
 from tokenizers import Tokenizer
 
 import data
 from data import IMAGE_TOKEN
 from qwen import QwenConfig
 from siglip import SiglipConfig
-from support.checkpoint import read_json, tensor_names
+from support.checkpoint import tensor_names
 from support.errors import BadInput
+from support.files import read_json
 
 # ---------------------------------------------------------------- config.json of the two networks
+
+
+# Type and range of every field of a config.json that is read: some ten times what any published model has, so
+# that a damaged number, or a stranger's, is refused before anything of its size is made.
+FIELDS: dict[str, tuple[type, float, float]] = {
+    "vocab_size": (int, 1, 1e7),
+    "hidden_size": (int, 1, 1e5),
+    "intermediate_size": (int, 1, 1e6),
+    "num_hidden_layers": (int, 1, 1000),
+    "num_attention_heads": (int, 1, 1000),
+    "num_key_value_heads": (int, 1, 1000),
+    "rms_norm_eps": (float, 1e-15, 0.1),
+    "layer_norm_eps": (float, 1e-15, 0.1),
+    "rope_theta": (float, 1, 1e12),
+    "max_position_embeddings": (int, 1, 1e9),
+    "image_size": (int, 1, 1e4),  # pixels
+    "patch_size": (int, 1, 1e4),
+    "num_channels": (int, 3, 3),  # pictures are RGB
+    "connector_hidden_size": (int, 1, 1e5),
+    "vision_feature_layer": (int, -1001, 1000),
+    "image_token_index": (int, -1e7, 1e7),
+    "head_dim": (int, 1, 1e4),
+}
+# Fields that must have one of these values, or be absent: the networks and the pictures are made for them.
+ONLY: dict[str, tuple] = {
+    "tie_word_embeddings": (True, False),
+    "post_connector_use": (True, False),
+    "post_connector_gelu": (True, False),
+    "use_sliding_window": (False,),
+    "connector_type": ("mlp2x_gelu",),
+    "projector_hidden_act": ("gelu",),
+    "multimodal_projector_bias": (True,),
+    "image_aspect_ratio": ("square",),  # "pad": to a square before they are resized
+    "vision_feature_select_strategy": ("patch", "default", "cls_patch", "full"),
+    # of preprocessor_config.json: data.preprocess has no other way
+    "do_resize": (True,),
+    "do_rescale": (True,),
+    "do_normalize": (True,),
+    "do_center_crop": (False,),
+    "do_pad": (False,),
+    "resample": (Image.Resampling.BICUBIC,),
+    "image_mean": (0.5, [0.5] * 3),
+    "image_std": (0.5, [0.5] * 3),
+}
+
+
+def value(config: dict, name: str, file: Path, default: Any = None) -> Any:
+    """config[name], as FIELDS and ONLY have it; the default where it is absent or null."""
+    found = config.get(name)
+    if found is None:
+        return default
+    if name in ONLY:
+        same = [x for x in ONLY[name] if x == found and isinstance(x, bool) == isinstance(found, bool)]
+        if not same:  # (in Python True == 1)
+            only = " or ".join(map(json.dumps, ONLY[name]))
+            raise BadInput(f"{file}: {name} {f'{found!r}':.60} is not supported, only {only}")
+        return found
+    kind, least, most = FIELDS[name]
+    right = isinstance(found, (int, float) if kind is float else int) and not isinstance(found, bool)
+    if not right or not least <= found <= most:
+        what = f"a {'whole ' * (kind is int)}number from {least:g} to {most:g}"
+        raise BadInput(f"{file}: {name} is {f'{found!r}':.60}, not {what}; fetch or write it again")
+    return found
 
 
 def section(config: dict, name: str, file: Path) -> dict:
     """config[name], or config itself where there is no such part."""
     part = config.get(name, config)
     if not isinstance(part, dict):
-        raise BadInput(f"{file}: {name} is {part!r}, not a JSON object; fetch or write it again")
+        raise BadInput(f"{file}: {name} is {f'{part!r}':.60}, not a JSON object; fetch or write it again")
     return part
 
 
 def to_dataclass(cls: type, config: dict, file: Path):
-    """The fields of dataclass `cls` that config.json gives, type-checked; the others keep their defaults."""
-    values = {field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None}
-    for field in fields(cls):
-        value, kind = values.get(field.name, field.default), field.type
-        right = isinstance(value, (int, float) if kind is float else kind)
-        right = right and isinstance(value, bool) == (kind is bool)  # in Python True is an int, too
-        if not right or (kind is int and value < 1):
-            what = "a positive whole number" if kind is int else f"a {kind.__name__}"
-            raise BadInput(f"{file}: {field.name} is {value!r}, not {what}; fetch or write it again")
-    return cls(**values)
+    """The fields of dataclass `cls` that config.json gives, checked; the others keep their defaults."""
+    names = [field.name for field in fields(cls) if field.name in FIELDS or field.name in ONLY]
+    values = {name: value(config, name, file) for name in names}
+    return cls(**{name: x for name, x in values.items() if x is not None})
 
 
 def qwen_config(config: dict, file: Path) -> QwenConfig:
@@ -53,8 +114,10 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
     # transformers 5 writes rope_theta into rope_parameters, 4.x beside it
     rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)
     scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
+    activation = config.get("hidden_act", QwenConfig.hidden_act)
     scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
-    if config.get("use_sliding_window") or scaled or config.get("hidden_act", "silu") != "silu":
+    windows = "sliding_attention" in str(config.get("layer_types"))
+    if value(config, "use_sliding_window", file) or windows or scaled or activation != "silu":
         raise BadInput(
             f"{file}: sliding windows, rope scaling and activations other than silu are not supported"
         )
@@ -63,6 +126,12 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
         raise BadInput(
             f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} "
             "key heads do not divide one another"
+        )
+    head = c.hidden_size // c.num_attention_heads
+    if head % 2 or value(config, "head_dim", file, head) != head:
+        raise BadInput(
+            f"{file}: a head is {head} wide (hidden_size / num_attention_heads); that must be even, since "
+            f"rotary positions turn pairs, and equal head_dim, if there is one"
         )
     return c
 
@@ -78,6 +147,8 @@ def siglip_config(config: dict, file: Path) -> SiglipConfig:
     c = to_dataclass(SiglipConfig, config, file)
     if c.hidden_size % c.num_attention_heads:
         raise BadInput(f"{file}: {c.num_attention_heads} heads do not divide a width of {c.hidden_size}")
+    if c.patch_size > c.image_size:
+        raise BadInput(f"{file}: patch_size {c.patch_size} is larger than image_size {c.image_size}")
     return c
 
 
@@ -128,6 +199,7 @@ def template_of(folder: Path, tokenizer: Tokenizer) -> str:
 
 
 MODEL_TYPE = "nanocompodistill"
+MULTIMODAL = MODEL_TYPE, "compodistill", "tinyllava", "llava"  # the model_types that are read
 
 # How a tensor's name begins in a file -> how it begins in Adapter.
 ADAPTER_LAYOUTS = {
@@ -144,42 +216,52 @@ def read_config(folder: Path) -> VLMConfig:
     config = read_json(file)
     kind = config.get("model_type")
     whole = {"text_config", "vision_config"} <= config.keys()
-    if not whole or kind not in (MODEL_TYPE, "compodistill", "llava"):
+    if not whole or kind not in MULTIMODAL:
         raise BadInput(
-            f"{file}: model_type {kind!r} is no multimodal checkpoint (nanocompodistill, compodistill or "
-            "llava, with text_config and vision_config); plain: model.load_lm, model.load_vision"
+            f"{file}: model_type {f'{kind!r}':.60} is no multimodal checkpoint ({', '.join(MULTIMODAL)}, "
+            "with text_config and vision_config); plain: model.load_lm, model.load_vision"
         )
     vision, text = siglip_config(config, file), qwen_config(config, file)
-    if config.get("tie_word_embeddings"):  # transformers 5 says it on top only
+    if value(config, "tie_word_embeddings", file):  # transformers 5 says it on top only
         own_head = any(name.endswith("lm_head.weight") for name in tensor_names(folder))
         text = replace(text, tie_word_embeddings=text.tie_word_embeddings or not own_head)
-    select = config.get("vision_feature_select_strategy", "default")
-    layer = config.get("vision_feature_layer", -2)
-    depth = vision.num_hidden_layers
-    if not isinstance(select, str) or select not in SELECT or layer not in range(-depth - 1, depth + 1):
-        raise BadInput(
-            f"{file}: vision_feature_select_strategy {select!r} with layer {layer!r} is not supported"
-        )
-    connector = config.get("connector_type", "mlp2x_gelu")
-    if connector != "mlp2x_gelu" or config.get("multimodal_projector_bias") is False:
-        raise BadInput(f"{file}: only the two-layer adapter with biases (mlp2x_gelu) is supported")
-    activation = config.get("projector_hidden_act", "gelu")
-    if activation != "gelu":
-        raise BadInput(f"{file}: projector_hidden_act {activation!r} is not supported, only gelu")
-    taf = config.get("post_connector_use", False)
-    if taf and not isinstance(config.get("connector_hidden_size"), int):
+    for name in ("connector_type", "projector_hidden_act", "multimodal_projector_bias", "image_aspect_ratio"):
+        value(config, name, file)
+    layer, depth = value(config, "vision_feature_layer", file, -2), vision.num_hidden_layers
+    if not -depth - 1 <= layer <= depth:
+        raise BadInput(f"{file}: vision_feature_layer {layer} of an encoder with {depth} layers")
+    taf = value(config, "post_connector_use", file, False)
+    width = value(config, "connector_hidden_size", file)
+    if taf and width is None:
         raise BadInput(
             f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter"
         )
+    check_preprocessing(folder, vision.image_size)
     return VLMConfig(
         vision,
         text,
         vision_layer=layer,
-        drop_first_patch=SELECT[select],
-        image_token_index=config.get("image_token_index", IMAGE_TOKEN),
-        taf_width=config["connector_hidden_size"] if taf else None,
-        taf_gelu=config.get("post_connector_gelu", False),
+        drop_first_patch=SELECT[value(config, "vision_feature_select_strategy", file, "default")],
+        image_token_index=value(config, "image_token_index", file, IMAGE_TOKEN),
+        taf_width=width if taf else None,
+        taf_gelu=value(config, "post_connector_gelu", file, False),
     )
+
+
+def check_preprocessing(folder: Path, side: int) -> None:
+    """BadInput where the folder says that its pictures are prepared otherwise than by data.preprocess."""
+    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        file = folder / name
+        if not file.exists():
+            continue
+        config = section(read_json(file), part, file) if part else read_json(file)
+        for field in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad"):
+            value(config, field, file)
+        for field in ("resample", "image_mean", "image_std"):
+            value(config, field, file)
+        size = config.get("size")
+        if size not in (None, side, {"height": side, "width": side}):
+            raise BadInput(f"{file}: size {f'{size!r}':.60} is not the encoder's, {side} x {side}")
 
 
 # Does the word drop the first patch? "patch" and "cls_patch" are the released code's, the others HF LLaVA's.

@@ -4,6 +4,7 @@ In memory are four numbers a record, in every rank and every loader worker; the 
 """
 
 import codecs
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import BadInput
+from support.files import digest, open_file
 
 BLOCK = 16 << 20  # bytes of a file that are looked at together
 LONGEST_RECORD = 64 << 20  # bytes; without a limit a broken file would be read into memory whole
@@ -36,12 +38,14 @@ class Records:
         self.files = [Path(file) for file in files]
         if not self.files:
             raise BadInput("no file of records is named; give a LLaVA JSON with --data")
-        self.stamps, self.ends = [], []  # of each file: size and time of its content, number after its last
+        # of each file: size and time of its content, what that is, number after its last record
+        self.stamps, self.digests, self.ends = [], [], []
         offset, size, characters, has_image = array("q"), array("i"), array("i"), array("b")
         for file in self.files:
             try:
                 self.stamps.append(stamp(os.stat(file)))
-                for start, length, record in scan(file):
+                read = hashlib.sha256()
+                for start, length, record in scan(file, read):
                     offset.append(start)
                     size.append(length)
                     characters.append(count_characters(record))
@@ -51,6 +55,7 @@ class Records:
                     f"{file} cannot be read ({error.strerror}); give a LLaVA JSON with --data"
                 ) from None
             self.ends.append(len(offset))
+            self.digests.append(read.hexdigest())
         self.offset, self.size = np.array(offset), np.array(size)
         self.characters, self.has_image = np.array(characters), np.array(has_image, dtype=bool)
 
@@ -63,11 +68,13 @@ class Records:
 
     def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]  # IndexError beyond the last
-        file, seen = self.file_of(i), self.stamps[bisect_right(self.ends, i)]
+        file, number = self.file_of(i), bisect_right(self.ends, i)
         try:
-            with open(file, "rb", buffering=0) as handle:  # opened anew: no state that workers could share
-                if stamp(os.fstat(handle.fileno())) != seen:
-                    raise ValueError("another size or time")
+            with open_file(file) as handle:  # opened anew: no state that workers could share
+                if (now := stamp(os.fstat(handle.fileno()))) != self.stamps[number]:  # perhaps only touched
+                    if digest(handle) != self.digests[number]:
+                        raise ValueError("other content")
+                    self.stamps[number] = now
                 content = os.pread(handle.fileno(), int(self.size[i]), int(self.offset[i]))
             return json.loads(content.decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -89,12 +96,12 @@ def count_characters(record: dict) -> int:
     return sum(len(value) for value in values if isinstance(value, str))
 
 
-def scan(file: Path) -> Iterator[tuple[int, int, dict]]:
+def scan(file: Path, read: "hashlib._Hash") -> Iterator[tuple[int, int, dict]]:
     """Offset and size in bytes, and content, of every record of a JSON list ('[' first) or of JSON lines.
 
     The file passes through a window of BLOCK bytes and the record that it cuts. Bytes are decoded as latin-1,
     one character each, so that places in the text are places in the file; hence in the content letters
-    outside ASCII are garbled. Raises BadInput with file and byte.
+    outside ASCII are garbled. `read` is updated with all bytes. Raises BadInput with file and byte.
     """
     decoder, utf8 = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8")()
     text, begin, at = "", 0, 0  # the window, the byte at which it begins, how far in it we are
@@ -105,12 +112,13 @@ def scan(file: Path) -> Iterator[tuple[int, int, dict]]:
             "file or fetch it again"
         )
 
-    with open(file, "rb") as handle:
+    with open_file(file) as handle:
 
         def more() -> bool:
             """Move the window on; what lies before `at` is dropped. False at the end of the file."""
             nonlocal text, begin, at
             block = handle.read(BLOCK)
+            read.update(block)
             text, begin, at = text[at:] + block.decode("latin-1"), begin + at, 0
             try:
                 utf8.decode(block)
@@ -127,7 +135,9 @@ def scan(file: Path) -> Iterator[tuple[int, int, dict]]:
                 if at < len(text) or not more():
                     return text[at : at + 1]
 
-        begin = handle.seek(len(codecs.BOM_UTF8) if handle.read(3) == codecs.BOM_UTF8 else 0)
+        if handle.peek(3).startswith(codecs.BOM_UTF8):
+            read.update(handle.read(3))
+            begin = 3
         comma, end = (",", "]") if peek() == "[" else ("", "")
         at += len(end)
         while True:

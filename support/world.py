@@ -13,10 +13,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, pieces
-from support.checkpoint import whole_folder
+from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, inside, pieces
 from support.errors import BadInput
-from support.records import Records
+from support.files import field, read_json, texts, whole_folder
 
 TINY = Path(__file__).parent.parent / "tiny"  # the models that ship: teacher, student, ...
 
@@ -197,10 +196,14 @@ def make_world(
         return folder
     if folder.exists():
         raise BadInput(f"{folder} exists and is not a tiny world; choose another folder")
-    with whole_folder(folder) as temporary:
-        (temporary / "images").mkdir()
-        (temporary / "test").mkdir()
-        _write_world(temporary, seed, tune, pretrain, per_kind)
+    try:
+        with whole_folder(folder) as temporary:
+            (temporary / "images").mkdir()
+            (temporary / "test").mkdir()
+            _write_world(temporary, seed, tune, pretrain, per_kind)
+    except (OSError, BadInput):
+        if not (folder / "world.json").exists():  # else another process has made it meanwhile
+            raise
     return folder
 
 
@@ -290,15 +293,33 @@ def text_sample(rng: random.Random, tokenizer: Tokenizer) -> dict:
 
 
 def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
-    """The test: by kind [(picture, question, answer)], and by kind [(picture, true caption, negative)]."""
+    """The test: by kind [(picture, question, answer)], and by kind [(picture, true caption, negative)].
+
+    BadInput: a file of it that is no longer as make_world wrote it.
+    """
     recognition = {kind: [] for kind in RECOGNITION}
-    for item in Records([world / "test" / "recognition.json"]):
-        recognition[item["kind"]].append((world / "images" / item["image"], item["question"], item["answer"]))
-    composition = {}
+    composition = {kind: [] for kind in COMPOSITION}
+
+    def read(name: str, form: type, rows: dict[str, list], *columns: str) -> None:
+        file = world / "test" / f"{name}.json"
+        remedy = f"; remove {world}, and it is made again"
+        try:
+            content = read_json(file, form, remedy="")
+            for key, item in content.items() if form is dict else enumerate(content):
+                where = f"{file}, record {key!r}"
+                kind = field(item, "kind", str, where) if form is list else name
+                if kind not in rows:
+                    raise BadInput(f"{where}: there is no kind {kind!r}")
+                picture, *words = texts(item, where, *columns)
+                rows[kind].append((inside(world / "images", picture), *words))
+            if not all(rows[kind] for kind in (rows if form is list else [name])):
+                raise BadInput(f"{file} does not have records of every kind")
+        except BadInput as error:
+            raise BadInput(f"{error}{remedy}") from None
+
+    read("recognition", list, recognition, "image", "question", "answer")
     for kind in COMPOSITION:
-        items = json.loads((world / "test" / f"{kind}.json").read_text(encoding="utf-8")).values()
-        pairs = [(item["filename"], item["caption"], item["negative_caption"]) for item in items]
-        composition[kind] = [(world / "images" / name, *captions) for name, *captions in pairs]
+        read(kind, dict, composition, "filename", "caption", "negative_caption")
     recognition = {kind: rows[:limit] for kind, rows in recognition.items()}
     return recognition, {kind: rows[:limit] for kind, rows in composition.items()}
 
@@ -306,5 +327,6 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
 def tiny_cases(world: Path) -> list[tuple[Path, str]]:
     """The questions of the main job's picture: true captions of three kinds, of different pictures."""
     _, composition = tiny_items(world)
-    items = [composition["swap_att"][0], composition["replace_obj"][5], composition["swap_obj"][10]]
+    places = {"swap_att": 0, "replace_obj": 5, "swap_obj": 10}
+    items = [composition[kind][min(i, len(composition[kind]) - 1)] for kind, i in places.items()]
     return [(picture, caption_question(true)) for picture, true, _ in items]

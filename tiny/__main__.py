@@ -9,12 +9,17 @@ The main job and `make`, when they were stopped, go on with the same command.
 """
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
+
 from evals.analyses import add_common_arguments
 from evals.scorers import load
-from support.errors import at_least, one_sentence
+from support.errors import one_line
+from support.program import number, one_sentence, parse
 from support.world import TINY, make_world
 from tiny.make import make_tiny
 from tiny.scores import attention_similarity, table, tiny_scores
@@ -29,11 +34,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("python -m tiny", description=__doc__, formatter_class=formatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    whole, teacher = at_least(int, 1), str(TINY / "teacher")
+    whole, teacher = number(int, 1), str(TINY / "teacher")
 
     add = commands.add_parser("students", help="the main job; the same without this word").add_argument
     add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of data order, new weights (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="of data order, new weights (default: %(default)s)")
     add("--steps", type=whole, help="of stage 2, the other stages in proportion (default: the recipe's)")
     add("--teacher", default=teacher, help="(default: %(default)s)")
 
@@ -47,9 +52,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = commands.add_parser("make", help="the models that ship, again from nothing").add_argument
     add("--out", type=Path, required=True, help="folder of all outputs")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--steps", type=whole, help="of each of the teacher's stages (default: the recipe's)")
-    return parser.parse_args(argv)
+    return parse(parser, argv)
 
 
 def score(args: argparse.Namespace) -> None:
@@ -59,14 +64,15 @@ def score(args: argparse.Namespace) -> None:
     try:
         scores["similarity"] = attention_similarity(vlm, teacher, world, args.limit or 100)
     except ValueError as error:  # of another size or depth than this teacher: it has scores
-        print(f"no similarity to {args.teacher}: {error}")
+        print(one_line(f"no similarity to {args.teacher}: {error}"))
     print(table({str(args.model): scores}))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    stopped = "stopped; the same command goes on" if args.command in ("students", "make") else "stopped"
-    with one_sentence(stopped):
+    argv = sys.argv[1:] if argv is None else argv
+    again = not {"score", "story"} & set(argv[:1])
+    with one_sentence("stopped; the same command goes on" if again else "stopped"):
+        args = parse_args(argv)
         {"students": train_students, "score": score, "story": story, "make": make_tiny}[args.command](args)
 
 

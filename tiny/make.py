@@ -27,8 +27,9 @@ import data
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
 from support import world
-from support.checkpoint import check_writable, read_json, write_atomically, write_folder
+from support.checkpoint import write_folder
 from support.errors import BadInput
+from support.files import check_writable, read_json, write_atomically
 from train import learning_rate, train
 from training import recipes
 from training.signals import Stopped

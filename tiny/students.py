@@ -14,11 +14,12 @@ from tqdm import tqdm
 import model
 import train
 from evals.pictures import attention_picture
-from support.checkpoint import check_writable
-from support.errors import BadInput, sentence
-from support.world import make_world, tiny_cases
+from support.errors import BadInput, of_machine, one_line
+from support.files import check_writable, field, read_json, write_atomically
+from support.world import COMPOSITION, make_world, tiny_cases
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
+from training.log import step_of
 from training.signals import Stopped
 
 # Same stages, steps, batches and data order, and the same text-only language model; only --method differs.
@@ -33,13 +34,15 @@ def train_students(args: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
     if (args.out / "results.json").exists():
-        before = json.loads((args.out / "sft/stage2.run/run.json").read_text())
-        if (before["seed"], before["steps"]) != (args.seed, steps["2"]):
+        run = args.out / "sft/stage2.run/run.json"
+        before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
+        if (before.get("seed"), before.get("steps")) != (args.seed, steps["2"]):
             raise BadInput(
-                f"{args.out} has students of --seed {before['seed']} --steps {before['steps']}; "
+                f"{args.out} has students of --seed {before.get('seed')} --steps {before.get('steps')}; "
                 "choose another --out"
             )
-        print(f"finished already, {args.out}\n\n{(args.out / 'results.md').read_text()}")
+        rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
+        print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
         return
     check_writable(args.out)
     started = time.time()
@@ -48,14 +51,23 @@ def train_students(args: argparse.Namespace) -> None:
     teacher = model.load(args.teacher)
     rows = {"teacher": tiny_scores(teacher, args.out / "world")}
     for name in STUDENTS:
-        rows[name] = json.loads((args.out / name / "scores.json").read_text())
+        rows[name] = scores_in(args.out / name / "scores.json")
     text = table(rows)
-    (args.out / "results.md").write_text(text + "\n")
-    (args.out / "results.json").write_text(json.dumps(rows, indent=1))
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
     attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
+    write_atomically(args.out / "results.md", text + "\n")
+    write_atomically(args.out / "results.json", json.dumps(rows, indent=1))
     minutes = (time.time() - started) / 60
     print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
+
+
+def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
+    """The scores in a file or, with a name, under that name in it. BadInput: something is missing."""
+    content = read_json(file, remedy="; choose another --out")
+    scores = content if name is None else field(content, name, dict, file)
+    for column in ("recognition", "compositional", *COMPOSITION):
+        field(scores, column, float, f"{file}{f', {name}' * bool(name)}")
+    return scores
 
 
 def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
@@ -70,7 +82,8 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
             print(f"  python train.py {' '.join(argv)}")
         waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
     total = len(STUDENTS) * sum(steps.values())
-    with tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True) as bar:
+    bar = tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True)
+    try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 running.append(waiting.pop(0))
@@ -78,10 +91,14 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
             time.sleep(0.5)
             bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
             if any(process.exitcode for process in running):
-                for process in running:
-                    process.terminate()
                 raise BadInput("a student stopped, as the sentence above says; the same command goes on")
             running = [process for process in running if process.exitcode is None]
+    finally:  # whatever ends this process: they save first
+        bar.close()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.join(60)
 
 
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
@@ -96,11 +113,15 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         student, teacher = model.load(folder), model.load(args.teacher)
         scores = tiny_scores(student, args.out / "world")
         scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
-        (args.out / args.name / "scores.json").write_text(json.dumps(scores, indent=1))
+        write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
     except (BadInput, OSError) as error:
-        sys.exit(f"{args.name}: {sentence(error)}")
+        sys.exit(f"{args.name}: {one_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if (said := of_machine(error)) is None:
+            raise
+        sys.exit(f"{args.name}: {said}")
 
 
 def end_with(parent: int) -> None:
@@ -112,6 +133,5 @@ def end_with(parent: int) -> None:
 
 def last_step(folder: Path) -> int:
     """How many steps a student has done, from the whole lines of its logs."""
-    logs = [log.read_text() for log in folder.glob("stage?.jsonl")]
-    lines = [log[: log.rfind("\n") + 1].splitlines() for log in logs]
-    return sum(json.loads(rows[-1])["step"] for rows in lines if rows)
+    logs = [log.read_text(errors="replace").splitlines() for log in folder.glob("stage?.jsonl")]
+    return sum(max([step for line in lines if (step := step_of(line))], default=0) for lines in logs)

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 from model import pick_device
-from support.checkpoint import write_atomically
 from support.errors import BadInput
+from support.files import write_atomically
 from support.ranks import barrier, rank_and_ranks
 from training.recipes import Config
 
@@ -31,6 +31,8 @@ class StepSize(NamedTuple):
     tokens: int  # without padding
     padded_tokens: int  # with it
     bad: int  # samples that others stood in for
+    cut: int  # samples that were longer than --max-length
+    mended: int  # samples of which data.as_llava_reads left turns out
 
 
 class Log:
@@ -73,10 +75,12 @@ class Log:
                 f"{bad} of {samples} samples are bad, more than --max-bad-share {self.max_bad_share:g} "
                 f"allows; {self.bad_file} lists them"
             )
-        return {"step": step, "samples": samples, "bad": bad}
+        more = {name: state.get(name, 0) + getattr(size, name) for name in ("cut", "mended")}
+        return {"step": step, "samples": samples, "bad": bad, **more}
 
-    def row(self, step: int, losses: dict[str, float], lr: float, norm: float, bad: int) -> None:
-        """Write and print step's row; rates are means since the row before."""
+    def row(self, losses: dict[str, float], lr: float, norm: float, state: dict) -> None:
+        """Write and print the row of state["step"]; rates are means since the row before."""
+        step = state["step"]
         now = time.time()
         seconds, elapsed = max(now - self.since, 1e-9), now - self.began
         row = {
@@ -88,7 +92,7 @@ class Log:
             "tokens_per_s": round(self.tokens / seconds, 1),
             "padding": round(1 - self.tokens / max(self.padded_tokens, 1), 4),
             "memory_gb": round(peak_memory(pick_device()) / 1e9, 3),
-            "bad": bad,
+            **{name: state[name] for name in ("bad", "cut", "mended")},  # samples, since the first step
             "seconds": round(elapsed, 2),
             "eta": round(elapsed / (step - self.start) * (self.steps - step)),
         }
@@ -133,14 +137,18 @@ def peak_memory(device: str) -> int:
 
 
 def drop_rows_after(file: Path, step: int) -> None:
-    """Cut a log back to the step that a run goes on from."""
+    """Cut a log back to the step that a run goes on from. BadInput: a file that is no log."""
     if file.exists():
-        rows = [line for line in file.read_text().splitlines() if _is_row_until(line, step)]
+        lines = file.read_text(errors="replace").splitlines()
+        if lines and not lines[0].startswith('{"step"') and not any(map(step_of, lines)):
+            raise BadInput(f"{file} is no log of this program; choose another --name")
+        rows = [line for line in lines if (step_of(line) or step + 1) <= step]
         write_atomically(file, "".join(line + "\n" for line in rows))
 
 
-def _is_row_until(line: str, step: int) -> bool:
+def step_of(line: str) -> int | None:
+    """The step of a row of a log; None for a line that was damaged or cut."""
     try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # the last line of a process that was killed while it wrote
-        return False
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

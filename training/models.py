@@ -1,5 +1,9 @@
 """The student and the teacher of a stage: loaded, checked against each other, and what is trained of them."""
 
+import os
+import shutil
+import sys
+
 import torch
 from torch import Tensor
 
@@ -7,8 +11,9 @@ import data
 import model
 from distill import LM, TeacherAdapterFetch
 from model import DTYPES, VLM
-from support.checkpoint import find, read_json
+from support.checkpoint import find
 from support.errors import BadInput
+from support.files import read_json
 from support.ranks import barrier, rank_and_ranks
 from training import lora, resume
 from training.recipes import Config
@@ -24,7 +29,8 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         if "vision_config" in read_json(start / "config.json"):
             raise BadInput(f"{start} is multimodal; stage {c.stage} starts from a plain language model")
         vision = teacher.vision if teacher else model.load_vision(c.vision, device=device)
-        lm, tokenizer = model.load_lm(start, device=device), data.load_tokenizer(start)
+        lm = model.load_lm(start, device=device)
+        tokenizer = data.load_tokenizer(start, lm.config.vocab_size)
         student = VLM.assemble(vision, lm, tokenizer, teacher, taf=c.method.taf and teacher is not None)
     else:
         student = model.load(start, device=device)
@@ -50,6 +56,9 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
 
 def compile_layers(student: VLM, teacher: VLM | None) -> None:
     """torch.compile every layer of vision encoder and language models, in place."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
+    if shutil.which(compiler) is None:
+        raise BadInput(f"--compile needs a C++ compiler, and there is no {compiler}; leave it out or set CXX")
     towers = [student.vision.encoder, student.lm.model, *([teacher.lm.model] if teacher else [])]
     for tower in towers:
         for layer in tower.layers:

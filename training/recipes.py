@@ -16,7 +16,9 @@ from pathlib import Path
 
 from distill import DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method
 from support.checkpoint import find, fingerprint
-from support.errors import BadInput, at_least
+from support.errors import BadInput
+from support.program import number, parse
+from support.records import Records
 from support.world import TINY
 
 RECIPES = {  # recipe -> stage -> flags; "all" stages first
@@ -55,7 +57,7 @@ class Config:
     teacher: str | None  # None: nothing is distilled
     vision: str | None  # the SigLIP of a model that is put together without a teacher
     data: list[Path] | None  # LLaVA files; None: the tiny world's
-    images: Path | None
+    images: list[Path] | None  # their folders: one for all files, or one for each
     out: Path
     name: str
     # optimisation
@@ -85,6 +87,7 @@ class Config:
     log_every: int
     save_every: int
     keep: int
+    stop_after: int | None  # a step
     quiet: bool
 
     @property
@@ -94,8 +97,13 @@ class Config:
 
     @property
     def folder(self) -> Path:
-        """The finished model, out/name/stageN; what an unfinished run needs lies beside it in stageN.run."""
+        """The finished model, out/name/stageN."""
         return self.out / self.name / f"stage{self.stage}"
+
+    @property
+    def run(self) -> Path:
+        """What an unfinished run needs to go on, out/name/stageN.run."""
+        return self.folder.with_suffix(".run")
 
 
 def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
@@ -128,8 +136,8 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     values |= {
         "stage": stage,
         "student": args.student or previous_output(stage, args),
-        "teacher": args.teacher or str(TINY / "teacher") if taught else None,
-        "vision": args.vision or str(TINY / "vision") if stage in ("0a", "1") and not taught else None,
+        "teacher": (args.teacher or str(TINY / "teacher")) if taught else None,
+        "vision": (args.vision or str(TINY / "vision")) if stage in ("0a", "1") and not taught else None,
         "global_batch": product,
         "lora_dropout": values["lora_dropout"] or 0.0,
         "gradient_checkpointing": bool(values["gradient_checkpointing"]),
@@ -181,13 +189,13 @@ def command_of(stage: str, args: argparse.Namespace) -> str:
 # What may change between a run and its resumption: where things lie, how the work is cut, how often it is
 # shown. All else is a run's identity; models and data are known by what is in them.
 NO_IDENTITY = {
-    *("stage", "method", "out", "name", "log_every", "save_every", "keep", "quiet"),
+    *("stage", "method", "out", "name", "log_every", "save_every", "keep", "stop_after", "quiet"),
     *("student", "teacher", "vision", "data", "images", "epochs", "batch_size", "accumulation"),
     *("workers", "parallel", "gradient_checkpointing", "compile", "skip_bad_samples", "max_bad_share"),
 }
 
 
-def identity(c: Config, steps: int, files: list[Path], samples: int) -> dict:
+def identity(c: Config, steps: int, records: Records) -> dict:
     """What makes a run this run: all that its weights depend on, whatever the files are called."""
     flags = {field.name: getattr(c, field.name) for field in fields(c) if field.name not in NO_IDENTITY}
     folders = {name: getattr(c, name) for name in ("student", "teacher", "vision")}
@@ -197,9 +205,15 @@ def identity(c: Config, steps: int, files: list[Path], samples: int) -> dict:
         "steps": steps,
         **(asdict(c.method) | {"weights": dict(c.weights)}),
         **{name: fingerprint(find(folder)) for name, folder in folders.items() if folder},
-        "data": [[file.name, file.stat().st_size] for file in files],
-        "samples": samples,
+        "data": [digest[:16] for digest in records.digests],
+        "samples": len(records),
     }
+
+
+def command(c: Config) -> dict:
+    """What must be the same on all ranks besides: what they do together, and when."""
+    own = {"student", "teacher", "vision", "data", "images", "out", "method", "workers", "quiet"}
+    return {field.name: getattr(c, field.name) for field in fields(c) if field.name not in own}
 
 
 # ---------------------------------------------------------------- the command line
@@ -212,7 +226,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s [flags]",
     )
-    whole, positive, fraction = at_least(int, 1), at_least(float, 1e-12), at_least(float, 0)
+    whole, positive, fraction = number(int, 1), number(float, 1e-12), number(float, 0)
+    size = number(int, 1, 1e5)
     switch = {"action": "store_true"}
 
     add = parser.add_argument_group("run").add_argument
@@ -221,10 +236,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--recipe", choices=list(RECIPES), default="tiny", help="the defaults (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
     add("--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')")
-    add("--seed", type=int, default=0, help="of data order, new weights, dropout (default: %(default)s)")
+    add("--seed", type=number(int, 0), default=0,
+        help="of data order, new weights, dropout (default: %(default)s)")
     add("--log-every", type=whole, default=10, help="steps between log lines (default: %(default)s)")
     add("--save-every", type=whole, default=500, help="steps between saves (default: %(default)s)")
     add("--keep", type=whole, default=2, help="how many of them to keep (default: %(default)s)")
+    add("--stop-after", type=whole, metavar="STEP", help="stop there as SIGTERM would, to go on later")
 
     add = parser.add_argument_group("models: folders or hub names").add_argument
     add("--teacher", help="multimodal checkpoint (default: tiny/teacher)")
@@ -255,25 +272,27 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add = parser.add_argument_group("data").add_argument
     add("--data", type=Path, nargs="+",
         help="LLaVA JSON or JSONL, one or several (default: the tiny world's, made under --out)")
-    add("--images", type=Path, help="folder that picture paths start from")
-    add("--max-length", type=whole, help="tokens; longer samples are cut at the end (default: the recipe's)")
+    add("--images", type=Path, nargs="+",
+        help="folder that picture paths start from, one for all --data or one for each")
+    add("--max-length", type=whole, help="tokens; longer samples are cut at the end, and counted in the log "
+        "(default: the recipe's, and what the models hold)")
     add("--group-by-length", **switch, help="samples of like length into the same batch: less padding")
     add("--skip-bad-samples", **switch, help="count, log and replace samples that cannot be read")
     add("--max-bad-share", type=fraction, default=0.01,
         help="of samples so far, or of 1000, above which it stops all the same (default: %(default)s)")
-    add("--workers", type=at_least(int, 0), help="processes that prepare batches (default: the recipe's)")
+    add("--workers", type=number(int, 0, 1000), help="processes that prepare batches (default: the recipe's)")
 
     add = parser.add_argument_group("optimisation (default: the recipe's)").add_argument
-    add("--epochs", type=whole, help="passes over the data")
+    add("--epochs", type=whole, help="passes over the data; the last step is filled up from the next one")
     add("--steps", type=whole, help="optimizer steps of a stage, instead of epochs")
     add("--lr", type=positive, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (recipe "
         "paper with --tune full: 2e-5)")
-    add("--batch-size", type=whole, help="samples per device and micro-batch")
-    add("--accumulation", type=whole, help="micro-batches per step (default: what the global batch asks for)")
+    add("--batch-size", type=size, help="samples per device and micro-batch")
+    add("--accumulation", type=size, help="micro-batches per step (default: what the global batch asks for)")
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
     add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA (low-rank "
         "adaptation) on its linear layers")
-    add("--lora-rank", type=whole, default=128, help="(default: %(default)s)")
+    add("--lora-rank", type=number(int, 1, 1e4), default=128, help="(default: %(default)s)")
     add("--lora-alpha", type=positive, default=256.0, help="(default: %(default)s)")
     add("--lora-dropout", type=fraction, help="(default: 0; recipe paper: 0.05 in stages 0b and 3)")
 
@@ -288,10 +307,14 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         "perhaps less time; needs a C++ compiler")
     # fmt: on
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
+    args = parse(parser, argv)
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
+    if args.data and len(args.images) not in (1, len(args.data)):
+        parser.error(
+            f"{len(args.images)} --images, {len(args.data)} --data: give one for all, or one for each"
+        )
     if args.recipe == "paper" and args.data is None:
         parser.error("--recipe paper is for data of your own: --data and --images")
     if args.data and args.stage in (None, "0"):

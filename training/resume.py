@@ -1,8 +1,9 @@
 """The state of an unfinished run: saved while it trains, and found again after whatever stopped it.
 
     out/name/stage2.run/run.json        which run this is: its arguments, models and data
-                        step-00000500/  trained weights, AdamW's moments, state.json (step and counters)
-                        latest          the name of the newest save, which counts once it stands here
+                        step-00000500/  trained weights, AdamW's moments, run.json, and state.json: step,
+                                        counters, the digests of all files (a save counts if they hold)
+                        latest          the name of the newest save, for whoever looks
     out/name/stage2/                    the finished model, a checkpoint folder; the saves are then removed
 
 A save is written under a temporary name by all ranks, then renamed: it is there whole or not at all. Nothing
@@ -27,9 +28,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from support.checkpoint import lock_file, write_atomically
+from model import pick_device
 from support.errors import BadInput
-from support.ranks import barrier, rank_and_ranks
+from support.files import digest, lock_file, open_file, read_json, remove, write_atomically
+from support.ranks import any_rank, barrier, of_all_ranks, rank_and_ranks
 
 # ---------------------------------------------------------------- which run is this
 
@@ -61,15 +63,21 @@ def lock_run(run: Path) -> IO | None:
 
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
     """Make or enter a run's folder -> whether the run has finished. One of another run is refused."""
-    file = run / "run.json"
-    if not file.exists() and model_folder.exists():
-        raise BadInput(f"{model_folder} exists already; choose another --name")
+    file, other = run / "run.json", None
     if file.exists():
-        try:
-            other = json.loads(file.read_text())
-            different = [key for key in {**other, **identity} if other.get(key) != identity.get(key)]
-        except (ValueError, TypeError, AttributeError):
-            raise BadInput(f"{file} is damaged; choose another --name") from None
+        copies = [folder / file.name for folder in saves(run)]  # which count where the file is damaged
+        for copy in [file, *(copy for copy in copies if copy.exists())]:
+            try:
+                other = read_json(copy)
+                break
+            except BadInput as error:
+                damage = f"{error}; choose another --name"
+        if other is None and model_folder.exists():
+            raise BadInput(damage)
+    elif model_folder.exists():
+        raise BadInput(f"{model_folder} exists already; choose another --name")
+    if other is not None:
+        different = [key for key in {**other, **identity} if other.get(key) != identity.get(key)]
         if different:
             there = {key: other.get(key) for key in different}
             here = {key: identity.get(key) for key in different}
@@ -77,13 +85,12 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
                 f"{run} exists already and belongs to another run ({there} there, {here} here); "
                 "repeat its arguments to go on with it, or choose another --name"
             )
-    elif rank_and_ranks()[0] == 0:
-        write_atomically(file, json.dumps(identity, indent=1))
     finished = model_folder.exists()
     barrier()
     if rank_and_ranks()[0] == 0:
-        for leftover in [*run.glob(".*.writing"), *(run.glob("step-*") if finished else ())]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        write_atomically(file, json.dumps(identity, indent=1))
+        for leftover in [*run.glob(".*.writing"), *(saves(run) if finished else ())]:
+            remove(leftover)
     return finished
 
 
@@ -111,25 +118,30 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
     """Save what `load` needs to go on from state["step"]; keep the newest `keep` saves. All ranks call."""
     rank, ranks = rank_and_ranks()
     folder = run / f"step-{state['step']:08}"
-    if newest(run) == folder.name and is_whole(folder):
+    if folder in saves(run) and whole(folder):
         return
     temporary = run / f".{folder.name}.writing"
     try:
         if rank == 0:
             for old in (temporary, folder):
-                shutil.rmtree(old, ignore_errors=True)
+                remove(old)
             temporary.mkdir()
+            shutil.copy(run / "run.json", temporary)
         barrier()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "not distributed, assuming one process": indeed
             dcp.save(state_tensors(module, optimizer), checkpoint_id=temporary, no_dist=ranks == 1)
+        names = sorted(file.name for file in temporary.iterdir())[rank::ranks]  # the ranks share the reading
+        parts = of_all_ranks({name: digest_of(temporary / name) for name in names})
         if rank == 0:
-            sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-            write_atomically(temporary / "state.json", json.dumps({**state, "files": sizes}))
+            digests = {name: digest for part in parts for name, digest in part.items()}
+            write_atomically(temporary / "state.json", json.dumps({**state, "digests": digests}))
             os.replace(temporary, folder)
             write_atomically(run / "latest", folder.name)
-            for old in sorted(run.glob("step-*"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            older = [other for other in saves(run) if other.name <= folder.name]
+            for other in saves(run):  # a later one is damaged: `load` passed it over
+                if other not in older[:keep]:
+                    remove(other)
     except (OSError, dcp.api.CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1]
         raise BadInput(
@@ -139,39 +151,42 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
     barrier()
 
 
-def newest(run: Path) -> str:
-    """The name of the newest save, "" where there is none."""
-    return (run / "latest").read_text().strip() if (run / "latest").exists() else ""
+def saves(run: Path) -> list[Path]:
+    """All saves of a run, the newest first."""
+    return sorted(run.glob("step-*"), reverse=True)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a save is there in its full length."""
+def digest_of(file: Path) -> str:
+    with open_file(file) as handle:
+        return digest(handle)
+
+
+def whole(folder: Path) -> dict | None:
+    """The state in a save of which every file is what was written; None for any other. All ranks call."""
+    rank, ranks = rank_and_ranks()
     try:
-        sizes = json.loads((folder / "state.json").read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        state = read_json(folder / "state.json")
+        digests = sorted(state["digests"].items())
+        right = all(digest_of(folder / name) == digest for name, digest in digests[rank::ranks])
+        right = right and all(type(state[name]) is int for name in ("step", "samples", "bad"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        right = False
+    return None if any_rank(not right, pick_device()) else state
 
 
 def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | None:
-    """Fill module and optimizer from the newest whole save -> its state, or None where there is none.
-
-    That is the one that `latest` names, unless it is damaged.
-    """
-    latest = newest(run)
-    names = sorted((folder.name for folder in run.glob("step-*")), reverse=True)
-    for name in sorted(names, key=lambda name: name != latest):
-        if is_whole(run / name):
+    """Fill module and optimizer from the newest whole save -> its state, or None where there is none."""
+    for folder in saves(run):
+        if (state := whole(folder)) is not None:
             break
         if rank_and_ranks()[0] == 0:
-            print(f"{run / name} is not whole and is passed over")
+            print(f"{folder} is damaged and is passed over")
     else:
         return None
     tensors = state_tensors(module, optimizer)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(tensors, checkpoint_id=run / name, no_dist=rank_and_ranks()[1] == 1)
-    state = json.loads((run / name / "state.json").read_text())
+        dcp.load(tensors, checkpoint_id=folder, no_dist=rank_and_ranks()[1] == 1)
     for values in optimizer.state.values():
         values["step"].fill_(state["step"])
     return state
@@ -180,8 +195,8 @@ def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | N
 def remove_saves(run: Path) -> None:
     """Remove the saves of a run whose model has been written."""
     if rank_and_ranks()[0] == 0:
-        for folder in run.glob("step-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in saves(run):
+            remove(folder)
         (run / "latest").unlink(missing_ok=True)
 
 

@@ -30,9 +30,3 @@ def signals_ask_to_stop() -> Iterator[list[float]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def ignore_signals(_: int) -> None:
-    """Keep a loader's worker alive: schedulers signal all processes, and stopping well needs its batches."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,69 @@
+"""Batches that other processes prepare (--workers), and whose errors end the program with a sentence."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from support.errors import BadInput, of_machine, one_line
+
+WAIT = 300  # seconds for one batch; then shared memory or the disk is at fault
+AHEAD = 4  # batches that each worker prepares ahead
+
+
+def batches_made(make: Callable[[Any], Any], keys: Iterable, workers: int, pin: bool = False) -> Iterator:
+    """make(key), a tensor or a dict with tensors, of each key in their order; 0 workers: in this process.
+
+    BadInput, as `make` raises it, whichever process it is in, or in words for an error of the machine.
+    """
+    loader = DataLoader(
+        Making(make),
+        batch_size=None,
+        sampler=keys,
+        collate_fn=unchanged,
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares memory
+        prefetch_factor=AHEAD if workers else None,
+        timeout=WAIT if workers else 0,
+        pin_memory=pin,
+    )
+    for batch in loader:
+        if isinstance(batch, BadInput):
+            raise batch
+        yield batch
+
+
+class Making(Dataset):
+    """dataset[key] is make(key), or the BadInput that it raised, which would not leave a worker as it is."""
+
+    def __init__(self, make: Callable[[Any], Any]):
+        self.make = make
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            batch = self.make(key)
+            for tensor in batch.values() if isinstance(batch, dict) else [batch]:
+                if get_worker_info() and isinstance(tensor, Tensor):
+                    tensor.share_memory_()  # here, where an error is seen; torch does it in a thread, unseen
+            return batch
+        except BadInput as error:
+            return error
+        except (OSError, RuntimeError, MemoryError) as error:
+            said = one_line(error) if isinstance(error, OSError) else of_machine(error)
+            if said is None:
+                raise
+            return BadInput(f"{said}; fewer --workers or a smaller --batch-size need less")
+
+
+def unchanged(batch: Any) -> Any:
+    return batch
+
+
+def ignore_signals(_: int) -> None:
+    """Keep a worker alive: schedulers signal all processes, and stopping well needs its batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,127 @@
+"""How a program begins and ends: its flags, its streams, the signals, one sentence for what went wrong."""
+
+import argparse
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+from support.errors import BadInput, of_machine, one_line
+
+# ---------------------------------------------------------------- flags
+
+
+def number(kind: type, least: float, most: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: a number of this kind (int or float) from `least` to `most`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r:.60} is no {'whole ' * (kind is int)}number") from None
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text:.60} is out of range, {least} to {most:g} is asked for")
+        return value
+
+    return convert
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """parser.parse_args, which would take an empty value (a variable that is not set) for none at all."""
+    argv = sys.argv[1:] if argv is None else argv
+    flag = "an argument"
+    for word in argv:
+        if word.startswith("--"):
+            flag, equals, word = word.partition("=")
+            word = word if equals else flag
+        if not word.strip():
+            parser.error(f"{flag} is empty: give it a value, or leave it out")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------- streams, signals, the end
+
+
+class Stream:
+    """stdout or stderr, which may end before the program does: what is written to it then is dropped."""
+
+    def __init__(self, stream: IO[str]):
+        self.stream, self.lost = stream, None
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._try(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, do: Callable, *args) -> None:
+        try:
+            do(*args)
+        except OSError as error:  # whoever reads has seen enough, as `head` does; or the disk is full
+            self.lost = self.lost or error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def tolerant_streams() -> Iterator[None]:
+    """Make stdout and stderr outlive whoever reads them, and letters that they do not know harmless.
+
+    At the end one sentence, and status 1, where something printed was lost but for a reader who went away.
+    """
+    before = sys.stdout, sys.stderr
+    streams = [
+        Stream(open(os.devnull, "w") if stream is None else stream) for stream in before
+    ]  # None: closed
+    for stream in streams:
+        if hasattr(stream.stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+    lost = streams[0].lost
+    if lost and not isinstance(lost, BrokenPipeError):
+        sys.exit(f"error: the output could not be written ({lost.strerror}); the rest of the work is done")
+
+
+@contextmanager
+def one_sentence(
+    stopped: str = "stopped", less: str = "a smaller --batch-size needs less", going_on: Callable = lambda: ""
+) -> Iterator[None]:
+    """Around a whole program: what the user or the machine has to mend becomes `error: SENTENCE`, status 1.
+
+    That is BadInput, what the system says of files (OSError), and support.errors.MACHINE, after which `less`
+    names the flags that ask for less, and going_on() what the same command goes on from. Ctrl-C and SIGTERM
+    end it with `stopped`. Any other error is ours, or of a change that somebody is trying out, and keeps its
+    traceback. No process that was started outlives the program.
+    """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
+    try:
+        with tolerant_streams():
+            yield
+    except KeyboardInterrupt:
+        sys.exit(stopped)
+    except (BadInput, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except (RuntimeError, MemoryError) as error:
+        if (said := of_machine(error)) is None:
+            raise
+        sys.exit(f"error: {said}; {less}{going_on()}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        for process in multiprocessing.active_children():  # workers that prepare batches ignore SIGTERM
+            process.kill()
