@@ -10,6 +10,7 @@ Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens o
 """
 
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -89,7 +90,7 @@ def cut(
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a plain text: "<|endoftext|>" or "<|im_end|>" in it are text, too."""
     if not is_utf8(text):
-        raise BadInput(f"{f'{text!r}':.60} has a lone surrogate, which is no text; give UTF-8")
+        raise BadInput(f"{f'{text!r}':.60} is not UTF-8 text: it has a lone surrogate")
     tokenizer.encode_special_tokens = True
     return tokenizer.encode(text, add_special_tokens=False).ids
 
@@ -188,28 +189,22 @@ def only_pixels(file: IO[bytes]) -> IO[bytes]:
     return io.BytesIO(b"".join(kept))
 
 
-UPRIGHT = {  # EXIF's orientation -> what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# What turns a picture upright, by EXIF's orientation: 1 is upright already.
+UPRIGHT = "- - FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90"
+UPRIGHT = dict(enumerate(UPRIGHT.split()))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Turn an open picture upright and make it RGB, as open_picture says."""
     image.load()
     try:
-        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation), "-")
     except Exception:  # an EXIF that cannot be read has no orientation
-        turn = None
+        turn = "-"
     if image.mode.startswith(("I", "F")):
         image = grey(image)
-    if turn is not None:
-        image = image.transpose(turn)
+    if turn != "-":
+        image = image.transpose(Image.Transpose[turn])
     if image.has_transparency_data:  # what lies under transparent pixels is arbitrary, often black
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -304,9 +299,10 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     A record that cannot be used (turns, picture, <image> without a picture or the other way round) is
     BadInput with its file, id and reason. With skip_bad the next good one stands in for it: the same for
-    every order, rank and worker. So it does in any case for a record without a supervised token, from which
-    nothing can be learned. "replaced" of a sample lists what was passed over, in sentences; "cut" and
-    "mended" say whether it was longer than max_length, and whether as_llava_reads changed it.
+    every order, rank and worker. So it does in any case for a record from which nothing can be learned: no
+    supervised token is left or, with only_pictures (an adapter alone is trained), it has no picture.
+    "replaced" of a sample lists what was passed over, in sentences; "cut" and "mended" say whether it was
+    longer than max_length, and whether as_llava_reads changed it.
     """
 
     def __init__(
@@ -319,6 +315,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         template: str = "chat",
         max_length: int | None = None,
         skip_bad: bool = False,
+        only_pictures: bool = False,
     ):
         files = [files] if isinstance(files, (str, Path)) else list(files)
         images = [images] if isinstance(images, (str, Path)) else list(images)
@@ -328,7 +325,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.images = dict(zip(map(Path, files), map(Path, images)))
         self.tokenizer, self.template = tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
-        self.max_length, self.skip_bad = max_length, skip_bad
+        self.max_length, self.skip_bad, self.only_pictures = max_length, skip_bad, only_pictures
         if missing := [folder for folder in self.images.values() if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
@@ -358,9 +355,11 @@ class LlavaDataset(torch.utils.data.Dataset):
             name, file = record.get("id", place), self.records.file_of(place)
             try:
                 sample = self.sample(record, self.images[file])
-                if any(label != IGNORE for label in sample["labels"]):
+                if "pixel_values" in sample or not self.only_pictures and learnable(sample["labels"]):
                     return {"id": name, **sample, "replaced": replaced}
                 reason, stops = f"nothing of an answer is within {self.max_length} tokens", False
+                if learnable(sample["labels"]):
+                    reason = "it has no picture, and the adapter alone is trained"
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
                 reason, stops = error, not self.skip_bad
             reason = f"{file}, record {name!r}: {reason}"
@@ -387,13 +386,18 @@ class LlavaDataset(torch.utils.data.Dataset):
             ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
         mended = turns is not record["conversations"]
         sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": mended}
-        if IMAGE_TOKEN in ids and any(label != IGNORE for label in labels):
+        if IMAGE_TOKEN in ids and learnable(labels):
             sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
         return sample
 
     def batch(self, indices: list[int]) -> dict:
         """The batch of these samples."""
         return collate([self[index] for index in indices])
+
+
+def learnable(labels: list[int]) -> bool:
+    """Whether any token is supervised."""
+    return any(label != IGNORE for label in labels)
 
 
 def as_llava_reads(turns: list[dict]) -> list[dict]:
@@ -404,7 +408,7 @@ def as_llava_reads(turns: list[dict]) -> list[dict]:
     if isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns):
         if turns and turns[0].get("from") == "gpt":
             turns = turns[1:]
-        if len(turns) % 2 and turns[-1].get("from") == "human":
+        if len(turns) % 2 and len(turns) > 1 and turns[-1].get("from") == "human":
             turns = turns[:-1]
     return turns
 
@@ -420,7 +424,8 @@ def inside(folder: Path, name: str) -> Path:
     if not is_utf8(name) or "\0" in name:
         raise BadInput(f"{name!r} is no name of a picture")
     path, roots = (folder / name).resolve(), [folder]
-    if (first := folder / Path(name or ".").parts[0]).is_symlink() and first.is_dir():
+    first = folder.joinpath(*Path(name).parts[:1])
+    if os.path.islink(first) and first.is_dir():
         roots.append(first)
     if not any(path.is_relative_to(root.resolve()) for root in roots):
         raise BadInput(f"picture path {name!r} leads out of {folder}")

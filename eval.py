@@ -11,6 +11,7 @@ right in benchmarks.py and metrics.py. The tiny world is scored by `python -m ti
 
 import argparse
 import signal
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 from evals import analyses, answers, chat
 from evals.pictures import attention_picture, check_picture
 from evals.scorers import load
+from support.errors import one_line
 from support.program import one_sentence, parse
 from support.ranks import ranks_of_torchrun
 
@@ -43,7 +45,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with one_sentence(less="a smaller --batch-size, fewer --workers or --precision bf16 need less"):
+    less = "a smaller --batch-size, fewer --workers or --precision bf16 need less"
+    only_talks = (sys.argv[1:] if argv is None else argv)[:1] == ["chat"]
+    with one_sentence(less=less, without_reader=not only_talks):
         args = parse_args(argv)
         if args.command == "bench":
             with ranks_of_torchrun("gloo", timeout=timedelta(days=7)):  # ranks wait at barriers
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
             check_picture(args.save, args.image)
             models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)
-            print(args.save)
+            print(one_line(args.save))
         elif args.command == "analyse":
             analyses.run(args)
         else:

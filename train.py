@@ -35,7 +35,7 @@ import lean
 from distill import Method, Term
 from model import DTYPES, VLM, pick_device
 from qwen import explicit_attention
-from support.errors import BadInput
+from support.errors import BadInput, one_line
 from support.files import check_writable
 from support.loading import batches_made
 from support.program import one_sentence
@@ -125,7 +125,7 @@ def train(c: Config) -> Path:
     One that was stopped goes on from its last save, to the same bits; one that has finished stays as it is.
     """
     (rank, ranks), device = rank_and_ranks(), pick_device()
-    print0 = print if rank == 0 and not c.quiet else lambda *_: None
+    print0 = (lambda text: print(one_line(text))) if rank == 0 and not c.quiet else lambda *_: None
     run = c.run
     check_writable(run)
     _lock = resume.lock_run(run)  # held until this function ends
@@ -195,7 +195,10 @@ def train(c: Config) -> Path:
             if not math.isfinite(norm + sum(rank_losses)):
                 raise BadInput(log.not_finite(step + 1, dict(zip(sums, rank_losses)), norm, micro_batches))
             if norm == 0:
-                raise BadInput(nothing_learned(step + 1, micro_batches, c))
+                raise BadInput(
+                    f"the gradient of step {step + 1} is exactly 0: nothing of its losses reaches what is "
+                    "trained; look at their weights, and at the samples of that step"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -242,15 +245,6 @@ def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tenso
     numbers = [torch.as_tensor(x, device=masks[0].device) for x in (*totals.values(), *size)]
     numbers = all_reduce(torch.stack(numbers))  # one message for all of them
     return dict(zip(totals, numbers)), StepSize(*numbers[len(totals) :].tolist())
-
-
-def nothing_learned(step: int, micro_batches: list[dict], c: Config) -> str:
-    """Why the gradient of a step is exactly 0, as a sentence. All ranks call."""
-    pictures = any_rank(any(bool(batch["has_image"].any()) for batch in micro_batches), pick_device())
-    why = "the losses of its samples do not reach what is trained; look at the weights of the losses"
-    if not pictures and c.stage in ("0a", "1"):
-        why = f"none of its samples has a picture, and stage {c.stage} trains the adapter alone; give others"
-    return f"the gradient of step {step} is exactly 0, so that nothing is learned: {why}"
 
 
 def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
@@ -319,6 +313,7 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         template="pretrain" if c.stage == "0a" else "chat",
         max_length=min(c.max_length, *held),
         skip_bad=c.skip_bad_samples,
+        only_pictures=c.stage in ("0a", "1"),
     )
 
 
@@ -359,10 +354,10 @@ def main(argv: list[str] | None = None) -> None:
                     folder = train(c)
                     args.student = args.vision = None  # the next stage goes on from this one
                     if rank == 0:
-                        print(f"stage {stage} done: {folder}")
+                        print(one_line(f"stage {stage} done: {folder}"))
             except Stopped as stopped:
                 if rank == 0:
-                    print(stopped)
+                    print(one_line(stopped))
 
 
 LESS = "a smaller --batch-size with more --accumulation, --gradient-checkpointing, fewer --workers need less"

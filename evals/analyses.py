@@ -45,7 +45,7 @@ from evals import benchmarks, figures, pictures, scorers
 from evals.answers import SHOWS
 from lean import VisualAttention
 from qwen import probabilities
-from support.errors import BadInput
+from support.errors import BadInput, one_line
 from support.files import whole_folder
 from support.program import number
 from support.world import TINY, caption_question, make_world, tiny_cases, tiny_items
@@ -680,4 +680,4 @@ def run(args: argparse.Namespace) -> None:
         method = replace(PAPER, layers=args.layers)
         models = load_models(args.teacher, students, method)
         analyse(models, questions, cases, args.which, folder, args.batch_size, method)
-    print(f"{missing}\n{args.out}".strip())
+    print(f"{missing}\n{one_line(args.out)}".strip())

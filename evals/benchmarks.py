@@ -54,13 +54,13 @@ from evals.readers import (
     vqav2,
     winoground,
 )
-from support.errors import BadInput
+from support.errors import BadInput, one_line
 
 
 def markdown(head: list[str], lines: list[list]) -> str:
     """A Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(one_line, row)) + " |" for row in rows)
 
 
 class Summary(NamedTuple):
@@ -227,10 +227,10 @@ def score_pairs(name: str, pairs: list[Pair], scores: dict[str, Sequence[float]]
 def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[str, str], list[str]]:
     """A file of answers {"question_id", "prompt", "text"}, ours or of others -> {key: reply}, notes.
 
-    A line belongs to the item whose key is its question_id (R-Bench: to the later record) or its image; else,
-    for VizWiz and Reefknot, to the one at the position that question_id is; else to the only one with its
-    picture, which LLaVA's question_id is for TextVQA and MME, and with the first line of its prompt. Raises
-    BadInput for a line that is cut, repeats an answer, or answers something else.
+    A line belongs to the item whose key is its question_id (R-Bench: to the later record) or, for VizWiz, its
+    image; else, for VizWiz and Reefknot, to the one at the position that question_id is; else to the only one
+    with its picture, which LLaVA's question_id is for TextVQA and MME, and with the first line of its prompt.
+    Raises BadInput for a line that is cut, repeats an answer, or answers something else.
     """
     file, whole_prompt = Path(file), benchmark(name).pairs
     by_key, by_prompt = {item.key: item for item in items}, {}
@@ -244,10 +244,10 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
     comparable = (lambda text: tidy(text).lower()) if whole_prompt else first_line
 
     def fits(item: Item, record: dict) -> bool:
-        pictures = {Path(f"{record[name]}").stem for name in ("image_id", "image") if name in record}
-        same = str(record["question_id"]) == item.key or pictures <= {Path(item.group).stem}
+        pictures = {Path(f"{record[x]}").stem for x in ("image_id", "image") if x in record}
+        shown = str(record["question_id"]) == item.key or pictures <= {Path(item.group).stem}
         prompt = record.get("prompt")
-        return same and (prompt is None or comparable(prompt) == comparable(item.question))
+        return shown and (prompt is None or comparable(prompt) == comparable(item.question))
 
     answers, unknown, placed = {}, 0, 0
     for where, record in answer_lines(file):
@@ -259,7 +259,8 @@ def match_answers(name: str, items: list[Item], file: str | Path) -> tuple[dict[
         group = key
         if name == "mme":  # artwork/images/1.jpg -> artwork/1
             group = f"{key.split('/')[0]}/{Path(key).stem}"
-        named = by_key.get(key), by_key.get(Path(f"{record.get('image')}").name)
+        image = Path(f"{record.get('image')}").name if name == "vizwiz" else key
+        named = by_key.get(key), by_key.get(image)
         places = by_place.get(record["question_id"], [])  # of whole numbers; names of pictures are texts
         found = [*named, *places, by_prompt.get((group, first_line(prompt or "")))]
         found = [item for item in found if item]
@@ -344,7 +345,8 @@ BENCHMARKS = {
         textvqa, "TextVQA_0.5.1_val.json, in a folder with llava_textvqa_val_v051_ocr.jsonl for OCR tokens",
         "soft accuracy; LLaVA-1.5 reports N1", score_soft, "N1"),
     "vizwiz": Benchmark(
-        vizwiz, "val.json", "a split with public answers; published figures are mostly of test",
+        vizwiz, "val.json (test.json has no answers)",
+        "a split with public answers; published figures are mostly of test",
         partial(score_soft, constant="Unanswerable"), "N1"),
     "mme": Benchmark(
         mme, "the folder of its subtasks, existence.txt ... or existence/ ...",

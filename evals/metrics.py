@@ -44,14 +44,14 @@ NO_NOUN = rf"(?!series|species|sports)(?:{ADVERBS}{VERB}|because|and|or|nor|but|
 def option(reply: str, letters: Sequence[str] = "AB") -> str | None:
     """The letter that a reply chooses, or None: no letter, or several of them.
 
-    A reply chooses what it is or begins with ("B", "(b)", "A. A cat"), unless another letter, "and" or "or"
-    comes next; else the only letter in it that stands alone. An "A" before a word is the article, unless a
-    verb follows ("A best matches it"), another word that follows no article ("A because") or, at most two
+    A reply chooses what it is or begins with ("B", "(b)", "A. A cat"), unless another letter or a word like
+    "or" comes next; else the only letter in it that stands alone. An "A" before a word is the article, unless
+    a verb follows ("A best matches it"), another word that follows no article ("A because") or, at most two
     words on, another letter ("A over B"): so "B behind" chooses B and "A behind" nothing.
     """
     some = f"[{''.join(letters)}]"
     end = r"(?:\W*$|[).:,\]\"'])"
-    more = rf"[^\w\n]*(?:(?:and|or|nor)\b|{some}{end})"
+    more = rf"[^\w\n]*(?:(?:and|or|nor|but|also|maybe|perhaps|possibly)\b|{some}{end})"
     if match := re.match(rf"\W*({some})(?:\n(?!\W*{some}\W*$)|{end}(?!{more}))", reply, re.IGNORECASE):
         return match[1].upper()
     article = rf"(?!\s+(?!{NO_NOUN}|(?:\w+\.?\s+){{0,2}}(?!A){some}\b)\w)"
@@ -312,11 +312,10 @@ def score_gqa(items: list[Item], answers: dict[str, str]) -> list[dict]:
 ALL = [0, 1, 2, 3, 4, 5]
 RATES = {"accuracy": ([0, 4], ALL), "precision": ([0], [0, 3]), "recall": ([0], [0, 1, 2])}
 RATES_OF_NO = {"precision": ([4], [1, 4]), "recall": ([4], [3, 4, 5])}
-MME_RATES = RATES | {
-    "recall": ([0], [0, 1])
-}  # as MME's calculation.py: replies that are neither are left out
-MME_RATES_OF_NO = RATES_OF_NO | {"recall": ([4], [3, 4])}
 OTHER_RATES = {"yes ratio": ([0, 3], ALL), "other": ([2, 5], ALL)}
+# MME's calculation.py leaves replies that are neither yes nor no out of recall, not out of accuracy.
+MME_RATES = RATES | {"recall": ([0], [0, 1])}
+MME_RATES_OF_NO = RATES_OF_NO | {"recall": ([4], [3, 4])}
 
 
 def counted(units: list, parse: Callable[[str], str]) -> np.ndarray:
@@ -408,7 +407,10 @@ def score_rbench(items: list[Item], answers: dict[str, str]) -> list[dict]:
 
 
 def score_reefknot(items: list[Item], answers: dict[str, str]) -> list[dict]:
-    """Yes/no: all rates. Choices: accuracy. The authors' hallucination rate is 100 - accuracy."""
+    """Yes/no: all rates. Choices: accuracy of all replies, those that choose nothing among them.
+
+    The authors' hallucination rate is 100 - accuracy.
+    """
 
     def cells(units: list) -> dict[str, Estimate]:
         if units[0][0][0].label in YES_NO:

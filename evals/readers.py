@@ -362,7 +362,7 @@ def vizwiz(annotations: Path, images: Path | None) -> Iterator[Item]:
         where = f"{file}, record {number}"
         image, question = texts(record, where, "image", "question")
         if "answers" not in record:
-            raise BadInput(f"{where} has no answers, as test.json has none; give val.json")
+            raise BadInput(f"{where} has no answers to score by, like all of test.json; give val.json")
         (kind,) = texts(record, where, "answer_type")
         prompt = question.capitalize() + UNANSWERABLE + SHORT
         truth = Truth(human_answers(record, where), ("all", kind))

@@ -54,5 +54,5 @@ def of_machine(error: BaseException) -> str | None:
     found = [said for kind, part, said in MACHINE if isinstance(error, kind) and part in text]
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         found = ["--compile does not work here; leave it out"]
-    reason = one_line((text.splitlines() or [""])[-1])
+    reason = one_line((text.splitlines() or [""])[0])
     return f"{found[0]}{f' ({reason:.200})' * bool(reason)}" if found else None

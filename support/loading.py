@@ -31,7 +31,12 @@ def batches_made(make: Callable[[Any], Any], keys: Iterable, workers: int, pin: 
         timeout=WAIT if workers else 0,
         pin_memory=pin,
     )
-    for batch in loader:
+    return raised(iter(loader))  # made here: to make it draws a random number
+
+
+def raised(batches: Iterator) -> Iterator:
+    """The batches, up to an error among them."""
+    for batch in batches:
         if isinstance(batch, BadInput):
             raise batch
         yield batch

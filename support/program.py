@@ -32,7 +32,8 @@ def number(kind: type, least: float, most: float = 1e9) -> Callable[[str], float
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
     """parser.parse_args, which would take an empty value (a variable that is not set) for none at all."""
     argv = sys.argv[1:] if argv is None else argv
-    flag = "an argument"
+    flag, say = "an argument", parser.error
+    parser.error = lambda text: say(one_line(text))
     for word in argv:
         if word.startswith("--"):
             flag, equals, word = word.partition("=")
@@ -46,10 +47,13 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
 
 
 class Stream:
-    """stdout or stderr, which may end before the program does: what is written to it then is dropped."""
+    """stdout or stderr, which may end before the program does: what is written to it then is dropped.
 
-    def __init__(self, stream: IO[str]):
-        self.stream, self.lost = stream, None
+    Unless the work goes on without a reader, one who goes away ends the program.
+    """
+
+    def __init__(self, stream: IO[str], goes_on: bool):
+        self.stream, self.goes_on, self.lost = stream, goes_on, None
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
@@ -69,17 +73,19 @@ class Stream:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.stream.fileno())
             os.close(nowhere)
+            if isinstance(error, BrokenPipeError) and not self.goes_on:
+                sys.exit(0)
 
 
 @contextmanager
-def tolerant_streams() -> Iterator[None]:
+def tolerant_streams(goes_on: bool) -> Iterator[None]:
     """Make stdout and stderr outlive whoever reads them, and letters that they do not know harmless.
 
     At the end one sentence, and status 1, where something printed was lost but for a reader who went away.
     """
     before = sys.stdout, sys.stderr
     streams = [
-        Stream(open(os.devnull, "w") if stream is None else stream) for stream in before
+        Stream(open(os.devnull, "w") if stream is None else stream, goes_on) for stream in before
     ]  # None: closed
     for stream in streams:
         if hasattr(stream.stream, "reconfigure"):
@@ -98,20 +104,24 @@ def tolerant_streams() -> Iterator[None]:
 
 @contextmanager
 def one_sentence(
-    stopped: str = "stopped", less: str = "a smaller --batch-size needs less", going_on: Callable = lambda: ""
+    stopped: str = "stopped",
+    less: str = "a smaller --batch-size needs less",
+    going_on: Callable[[], str] = lambda: "",
+    without_reader: bool = True,
 ) -> Iterator[None]:
     """Around a whole program: what the user or the machine has to mend becomes `error: SENTENCE`, status 1.
 
     That is BadInput, what the system says of files (OSError), and support.errors.MACHINE, after which `less`
     names the flags that ask for less, and going_on() what the same command goes on from. Ctrl-C and SIGTERM
-    end it with `stopped`. Any other error is ours, or of a change that somebody is trying out, and keeps its
-    traceback. No process that was started outlives the program.
+    end it with `stopped`, and without_reader=False a reader of stdout who goes away. Any other error is ours,
+    or of a change that somebody is trying out, and keeps its traceback. No process that was started outlives
+    the program.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as programs have it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(stopped))
     try:
-        with tolerant_streams():
+        with tolerant_streams(without_reader):
             yield
     except KeyboardInterrupt:
         sys.exit(stopped)
@@ -125,3 +135,4 @@ def one_sentence(
         signal.signal(signal.SIGTERM, before)
         for process in multiprocessing.active_children():  # workers that prepare batches ignore SIGTERM
             process.kill()
+            process.join()

@@ -30,10 +30,10 @@ def ranks_of_torchrun(backend: str, timeout: timedelta | None = None) -> Iterato
         yield
         return
     try:
+        numbers = {name: int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+            raise ValueError(f"RANK={numbers['RANK']}, WORLD_SIZE={numbers['WORLD_SIZE']}")
         store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=30)))
-        if not 0 <= rank < ranks:
-            raise ValueError(f"RANK={rank} with WORLD_SIZE={ranks}")
-        int(os.environ.get("LOCAL_RANK", 0))
         store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
     except (ValueError, RuntimeError) as error:
@@ -49,20 +49,12 @@ def ranks_of_torchrun(backend: str, timeout: timedelta | None = None) -> Iterato
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends the others when one has ended
         if said.startswith(RANKS):
             raise BadInput(f"{who_ended(store, ranks)}; the same command goes on") from None
-        if first_to_say(store, rank, said):
-            raise
-        sys.exit(1)  # another rank has said the same
+        first, _, why = store.compare_set("ended", "", f"{rank} {said}").decode().partition(" ")
+        if why == said and first != str(rank):
+            sys.exit(1)  # that rank says it
+        raise
     finally:
         dist.destroy_process_group()
-
-
-def first_to_say(store: dist.Store, rank: int, said: str) -> bool:
-    """Leave word of why this rank ends; False where another has left the same."""
-    try:
-        other, _, why = store.compare_set("ended", "", f"{rank} {said}").decode().partition(" ")
-    except RuntimeError:  # the store ended with its process
-        return True
-    return why != said or other == str(rank)
 
 
 def who_ended(store: dist.Store, ranks: int) -> str:

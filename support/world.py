@@ -315,7 +315,8 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
             if not all(rows[kind] for kind in (rows if form is list else [name])):
                 raise BadInput(f"{file} does not have records of every kind")
         except BadInput as error:
-            raise BadInput(f"{error}{remedy}") from None
+            where = "" if str(file) in str(error) else f"{file}: "
+            raise BadInput(f"{where}{error}{remedy}") from None
 
     read("recognition", list, recognition, "image", "question", "answer")
     for kind in COMPOSITION:

@@ -667,10 +667,11 @@ def test_bad_input_is_one_sentence(runs, world, teacher, tmp_path):
     refused("nothing.png", *picture, "--image", "nothing.png", "--question", "?")
     refused("nowhere does not exist", *one, "--runs", runs, "--sugarcrepe", "nowhere", tmp_path)
 
-    deep = QwenConfig(**{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 9})
+    deep = QwenConfig(**{**SIZES, "num_key_value_heads": 4, "num_hidden_layers": 9, "vocab_size": 478})
     deep = model.VLM(VLMConfig(teacher.config.vision, deep), teacher.tokenizer)
     refused("deep: .*cannot be matched", *one, *student_of("deep", deep))
-    other = new_student(teacher)
+    config = new_student(teacher).config
+    other = model.VLM(replace(config, text=replace(config.text, vocab_size=479)))
     other.tokenizer = Tokenizer.from_str(teacher.tokenizer.to_str())
     other.tokenizer.add_tokens(["one more"])
     refused("words has another tokenizer", *one, *student_of("words", other))
@@ -678,8 +679,8 @@ def test_bad_input_is_one_sentence(runs, world, teacher, tmp_path):
     with torch.no_grad():
         broken.lm.model.norm.weight.fill_(float("nan"))
     broken = student_of("nan", broken)
-    refused("A gives numbers that are not finite", *one, *broken)
-    refused("A gives numbers that are not finite", "analyse", "intervention", *out, *broken)
+    refused("/nan gives numbers that are not finite", *one, *broken)
+    refused("/nan gives numbers that are not finite", "analyse", "intervention", *out, *broken)
 
     (tmp_path / "file").write_text("")
     refused("could not be", *one[:-1], tmp_path / "file/sub", "--runs", runs)

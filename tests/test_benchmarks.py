@@ -286,7 +286,7 @@ PROMPTS = {  # one key of each, with its question
     "textvqa": ("34602", "What is the brand?" + SHORT),
     "vizwiz": (
         "VizWiz_val_1.jpg",
-        "What's this?\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT,
+        " what's this? \nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT,
     ),
     "mme": ('artwork/9/Is this "A, b"?', 'Is this "A, b"?' + SHORT),
     "rbench": ("5", "Is the new question?"),
@@ -355,8 +355,39 @@ def test_mme_in_the_release_layout(folder, native, tmp_path):
     assert read("mme", tmp_path, images) == read("mme", annotations, images)
 
 
-def test_gqa_counts_balanced_questions_only(native):
-    assert [item.key for item in read("gqa", native["gqa"][0])] == ["02930152", "20903190"]
+def test_gqa_counts_balanced_questions_only(native, tmp_path):
+    folder = native["gqa"][0]
+    assert [item.key for item in read("gqa", folder)] == ["02930152", "20903190"]
+    file = shutil.copy(folder / "testdev_balanced_questions.json", tmp_path / "ood_testdev_head.json")
+    assert read("gqa", file) == read("gqa", folder)  # GQA-OOD's files have the same form
+
+
+def test_vizwiz_asks_as_llava_does(native, tmp_path):
+    """Python's str.capitalize: the first letter upper, all others lower, nothing stripped."""
+    (record, *_) = json.loads((native["vizwiz"][0] / "val.json").read_text())
+    asked = {"is THIS Dr Pepper or Coke?": "Is this dr pepper or coke?", " Is it RED? ": " is it red? "}
+    put(tmp_path / "val.json", [record | {"image": f"{q}.jpg", "question": q} for q in asked])
+    found = [item.question.split("\n")[0] for item in read("vizwiz", tmp_path)]
+    assert found == list(asked.values())
+
+
+def test_vizwiz_test_split_cannot_be_scored(tmp_path):
+    file = put(tmp_path / "test.json", [{"image": "VizWiz_test_00000000.jpg", "question": "What is this?"}])
+    with pytest.raises(BadInput, match="record 0 has no answers .* test.json; give val.json") as error:
+        read("vizwiz", file)
+    sentence(error)
+
+
+def test_files_with_a_byte_order_mark(native, tmp_path):
+    for name in ("sugarcrepe", "winoground", "mme", "reefknot"):
+        shutil.copytree(native[name][0], tmp_path / name)
+        for file in (file for file in (tmp_path / name).glob("**/*") if file.is_file()):
+            file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+        items = read(name, tmp_path / name)
+        assert items == read(name, native[name][0])
+        answers = put(tmp_path / f"{name}.jsonl", ours(items, perfect(items), name))
+        answers.write_bytes(b"\xef\xbb\xbf" + answers.read_bytes())
+        assert match_answers(name, items, answers) == (perfect(items), [])
 
 
 def test_bivlc_from_parquet(native, tmp_path):
@@ -401,7 +432,7 @@ def changed(record: dict, **fields) -> dict:
 PAIR = {"filename": "1.jpg", "caption": "a", "negative_caption": "b"}
 WRONG = {  # benchmark, file, content, what the sentence names
     "no such name in folder": ("sugarcrepe", "other.json", {}, "swap_obj.json"),
-    "no JSON": ("sugarcrepe", "swap_obj.json", '{"0": ', "no JSON"),
+    "no JSON": ("sugarcrepe", "swap_obj.json", '{"0": ', "not valid JSON"),
     "a list": ("sugarcrepe", "swap_obj.json", [PAIR], "list, not a dict"),
     "no records": ("sugarcrepe", "swap_obj.json", {}, "no record"),
     "a record of another kind": ("sugarcrepe", "swap_obj.json", {"0": 5}, "record '0'"),
@@ -420,6 +451,7 @@ WRONG = {  # benchmark, file, content, what the sentence names
         {"question": "q", "image_id": "i", "question_id": 1}]}, "answers is None"),
     "TextVQA twice": ("textvqa", "TextVQA_0.5.1_val.json", {"data": [
         {"question": "q", "image_id": "i", "question_id": 1, "answers": ["a"]}] * 2}, "'1' is there twice"),
+    "no file of VizWiz": ("vizwiz", "test.json", [], "0 files *val.json"),
     "answers that are numbers": ("vizwiz", "val.json", [
         {"image": "1.jpg", "question": "q", "answer_type": "other", "answers": [1]}], "no list of texts"),
     "VizWiz twice": ("vizwiz", "val.json", [
@@ -531,6 +563,46 @@ def test_missing_pictures_and_folders(native, tmp_path):
         ("", None, None),
         ("Both", None, None),
         ("Both A and B", None, "A"),
+        ("A best describes the image", "A", "A"),
+        ("B best describes the image", "B", "B"),
+        ("Option A best matches the picture.", "A", "A"),
+        ("A matches the image", "A", "A"),
+        ("A fits better", "A", "A"),
+        ("A most accurately depicts the scene", "A", "A"),
+        ("A would be the right choice", "A", "A"),
+        ("A can be seen in the picture", "A", "A"),
+        ("A, because it is a dog", "A", "A"),
+        ("A) and a dog", "A", "A"),
+        ("A\n(A) a cat\n(B) a dog", "A", "A"),
+        ("The answer is (a).", "A", "A"),
+        ("B. A cat sits", "B", "B"),
+        ("B, a cat sits", "B", "B"),
+        ("A can of soda", None, "A"),
+        ("A sports car", None, "A"),
+        ("A bus is parked", None, "A"),
+        ("A family sits on the beach", None, "A"),
+        ("A best friend", None, "A"),
+        ("A brightly lit room", None, "A"),
+        ("A behind", None, "A"),
+        ("(A) or (B)", None, "A"),
+        ("(A) (B)", None, "A"),
+        ("a) or b)", None, "A"),
+        ("A or B", None, "A"),
+        ("A. or B.", None, "A"),
+        ("A, or B is right", None, "A"),
+        ("A and B", None, "A"),
+        ("A, B", None, "A"),
+        ("A, maybe B", None, "A"),
+        ("A, but the picture is dark", "A", "A"),
+        ("A, not B", "A", "A"),
+        ("a, b", None, "A"),
+        ("A. B.", None, "A"),
+        ("A\nB", None, "A"),
+        ("A B", None, "A"),
+        ("A/B", None, "A"),
+        ("A vs. B", None, "A"),
+        ("A rather than B", None, "A"),
+        ("**A** or **B**", None, "A"),
     ],
 )
 def test_the_letter_of_a_reply(reply, ours, released):
@@ -542,6 +614,8 @@ def test_letters_beyond_b():
         "D", "D", "C", None, None,
     ]  # fmt: skip
     assert option("F", "ABCDEF") == "F"
+    several = "B, C", "(B), (C) and (D)", "c) or d)", "B. C. D.", "D/B", "Either B or D", "A, B, C, D"
+    assert [option(reply, "ABCD") for reply in several] == [None] * len(several)
     for letter in "AB":  # an option written out, which begins with an article of its own
         replies = (f"{letter} A cat sits", f"{letter} The cat", f"{letter} an owl")
         assert [option(reply) for reply in replies] == [letter] * 3
@@ -833,6 +907,42 @@ def test_rbench_averages_its_lists_and_takes_the_later_record(native):
     assert f1(counts, 1e-5) == 2 * (3 / 5.00001) * (3 / 4.00001) / (3 / 5.00001 + 3 / 4.00001 + 1e-5)
 
 
+def test_rbench_lists_are_multisets(tmp_path):
+    """An id counts as often as the list has it; accuracy and yes ratio have no 1e-5 in the divisor."""
+    labels = {0: "Yes.", 1: "no", 2: "No.", 3: "yes"}
+    record = {"qtype": "Positive", "image": "1.jpg"}
+    records = [record | {"question_id": i, "text": f"Is it {i}?", "label": x} for i, x in labels.items()]
+    put(tmp_path / "image-level_filterd.json", records)
+    put(tmp_path / "nocaps_image-level_rel_ids_1.json", [1, 2, 2, 0, 0, 0])
+    put(tmp_path / "nocaps_image-level_rel_ids_2.json", [1, 0, "3", 777])
+    items = read("rbench", tmp_path)
+    replies = {"0": "Yes", "1": "Yes", "2": "No", "3": "No"}
+    summary = score("rbench", items, replies)
+    # list 1: 3 true yes, 1 false yes, 2 true no -> P 3/4, R 3/3, F1 2 * 3/4 / (7/4) = 6/7, 5 of 6 right
+    # list 2: 1 true yes, 1 false yes, 1 false no -> P 1/2, R 1/2, F1 1/2, 1 of 3 right
+    wanted = {
+        "list 1": (6, 6 / 7, 5 / 6, 4 / 6, 3 / 4, 1),
+        "list 2": (3, 1 / 2, 1 / 3, 2 / 3, 1 / 2, 1 / 2),
+        "mean of 2 lists": (4, (6 / 7 + 1 / 2) / 2, (5 / 6 + 1 / 3) / 2, 2 / 3, 5 / 8, 3 / 4),
+    }
+    for name, (n, f, accuracy, yes, p, r) in wanted.items():
+        found = row(summary, name)
+        assert found["n"] == n and found["F1"].value == pytest.approx(100 * f, abs=2e-3)
+        exact = found["accuracy"].value, found["yes ratio"].value
+        assert exact == pytest.approx((100 * accuracy, 100 * yes), abs=1e-9)
+        assert found["precision"].value == pytest.approx(100 * p, abs=1e-3)
+        assert found["recall"].value == pytest.approx(100 * r, abs=1e-3)
+    p, r = 3 / 4.00001, 3 / 3.00001
+    assert row(summary, "list 1")["precision"].value == pytest.approx(100 * p, abs=1e-9)
+    assert row(summary, "list 1")["F1"].value == pytest.approx(100 * 2 * p * r / (p + r + 1e-5), abs=1e-9)
+    del replies["2"]  # an entry without an answer is missing as often as it is listed
+    summary = score("rbench", items, replies)
+    counts = [(row(summary, name)["n"], row(summary, name)["missing"]) for name in ("all ids", "list 1")]
+    assert counts == [(3, 1), (4, 2)]
+    assert row(summary, "list 1")["accuracy"].value == pytest.approx(75)
+    assert "1 of 4 questions have no answer" in summary.notes[-1]
+
+
 def test_rbench_without_id_lists_is_over_all_ids(native):
     items = read("rbench", native["rbench"][0])
     items = [item._replace(answer=item.answer._replace(rows=("all ids",))) for item in items]
@@ -848,6 +958,23 @@ def test_mme_by_hand(native):
     assert row(summary, "perception: 2 of 10 subtasks")["score"].value == 250 == summary.headline.value
     assert row(summary, "cognition: 1 of 4 subtasks")["score"].value == 50
     assert row(summary, "existence")["accuracy+"].value == 100
+
+
+def test_mme_leaves_other_replies_out_of_recall(tmp_path):
+    """By hand, as the official calculation.py counts."""
+    lines = [f"{i}.jpg\tIs it a {x}?\t{x}\n" for i in "123" for x in ("Yes", "No")]
+    put(tmp_path / "existence.txt", "".join(lines))
+    replies = ["Yes", "Maybe", "Perhaps", "Yes", "No", "No"]
+    # truth yes: yes, other, no; truth no: other, yes, no -> 1 of each
+    items = read("mme", tmp_path)
+    summary = score("mme", items, {item.key: reply for item, reply in zip(items, replies)})
+    found = row(summary, "existence")
+    half = {name: found[name].value for name in ("precision", "recall", "F1", "F1 of no")}
+    assert half == dict.fromkeys(half, 50)  # 1 / (1 + 1); over all replies recall would be 1 / 3
+    third = [found[name].value for name in ("accuracy", "other", "yes ratio", "accuracy+")]
+    assert third == pytest.approx([100 / 3, 100 / 3, 100 / 3, 0])
+    silent = row(score("mme", items, {item.key: "Maybe" for item in items}), "existence")
+    assert [silent[name].value for name in ("accuracy", "recall", "F1", "F1 of no")] == [0] * 4
 
 
 def test_gqa_is_exact_match_after_llavas_rule(native):
@@ -955,6 +1082,134 @@ def test_rbench_answers_are_of_the_later_record(native, tmp_path):
     assert match_answers("rbench", items, put(tmp_path / "a.jsonl", both))[0] == {"5": "2"}
 
 
+VIZWIZ = " What's THIS? ", "Is it red?", "What's this?"
+
+
+@pytest.fixture
+def vizwiz(tmp_path) -> list:
+    record = {"answer_type": "other", "answers": ten(("can", 10))}
+    records = [record | {"image": f"VizWiz_val_{i}.jpg", "question": q} for i, q in enumerate(VIZWIZ)]
+    put(tmp_path / "val.json", records)
+    return read("vizwiz", tmp_path)
+
+
+def test_vizwiz_answers_of_llava_are_joined_by_position(vizwiz, tmp_path):
+    """Its lines have the number of the question and no picture."""
+    prompts = ["Is it red?\nWhen the", "What's this?\nWhen the", " what's this? \nWhen the"]
+    lines = [{"question_id": i, "prompt": q, "text": f"reply {i}"} for i, q in zip((1, 2, 0, 7), prompts)]
+    file = put(tmp_path / "a.jsonl", [*lines, {"question_id": 7, "prompt": "Is it red?", "text": "x"}])
+    answers, notes = match_answers("vizwiz", vizwiz, file)
+    assert answers == {f"VizWiz_val_{i}.jpg": f"reply {i}" for i in (0, 1, 2)}
+    assert notes == [
+        "1 lines answer no question of these annotations",
+        "3 answers were joined by their position in the annotations",
+    ]
+    assert notes[1] in score_file("vizwiz", tmp_path / "val.json", file).notes
+    without = put(tmp_path / "b.jsonl", [{"question_id": 2, "text": "x"}])
+    assert match_answers("vizwiz", vizwiz, without)[0] == {"VizWiz_val_2.jpg": "x"}
+    for wrong in ({"question_id": 0, "prompt": "Is it red?"}, lines[0] | {"image": "VizWiz_test_1.jpg"}):
+        file = put(tmp_path / "c.jsonl", [wrong | {"text": "x"}])
+        with pytest.raises(
+            BadInput, match="another question than vizwiz has under 'VizWiz_val_[01]"
+        ) as error:
+            match_answers("vizwiz", vizwiz, file)
+        sentence(error)
+
+
+def test_vizwiz_submissions_and_answers_that_name_a_picture(vizwiz, tmp_path):
+    file = put(
+        tmp_path / "a.json", [{"image": f"VizWiz_val_{i}.jpg", "answer": f"reply {i}"} for i in (2, 0)]
+    )
+    wanted = {"VizWiz_val_2.jpg": "reply 2", "VizWiz_val_0.jpg": "reply 0"}
+    assert match_answers("vizwiz", vizwiz, file) == (wanted, [])
+    lines = [  # the picture goes before the position; a path to it does no harm
+        {"question_id": 0, "image": "VizWiz_val_2.jpg", "prompt": "What's this?", "text": "reply 2"},
+        {"question_id": "VizWiz_val_0.jpg", "image": "/data/VizWiz_val_0.jpg", "text": "reply 0"},
+    ]
+    assert match_answers("vizwiz", vizwiz, put(tmp_path / "b.jsonl", lines)) == (wanted, [])
+
+
+@pytest.mark.parametrize("name", LLAVA)
+def test_a_picture_beside_the_id_does_no_harm(name, native, tmp_path):
+    """Even where it looks like the id of another question; answers under other names are read, too."""
+    items = read(name, native[name][0])
+    lines = [{"question_id": i, "prompt": q, "text": f"reply {n}"} for n, (i, q) in enumerate(LLAVA[name])]
+    plain = match_answers(name, items, put(tmp_path / "a.jsonl", lines))
+    pictures = {"vqav2": 7, "gqa": "02930152", "rbench": "0", "mme": "9.jpg", "textvqa": "003a.jpg"}
+    some = [line for line in lines if not str(line["question_id"]).startswith("code")]
+    seen = [line | {"image": pictures.get(name, "VizWiz_val_1.jpg")} for line in some]
+    assert match_answers(name, items, put(tmp_path / "b.jsonl", seen))[0].items() <= plain[0].items()
+    other = {"question_id": "questionId", "prompt": "prompt", "text": "prediction"}
+    renamed = [{other[key]: value for key, value in line.items()} for line in lines]
+    renamed = [line | {"answer": "the truth"} for line in renamed]
+    assert match_answers(name, items, put(tmp_path / "c.json", renamed)) == plain
+    if name in ("vqav2", "gqa"):  # of a question that is not here
+        strange = put(tmp_path / "d.jsonl", [{"question_id": "4", "image": pictures[name], "text": "x"}])
+        with pytest.raises(BadInput, match="no line answers a question"):
+            match_answers(name, items, strange)
+
+
+def test_reefknots_own_files_are_joined_by_position(native, tmp_path):
+    """Its records with a filled response: no id, and the first two of YESNO are the same."""
+    folder = native["reefknot"][0]
+    items, replies = read("reefknot", folder), iter(["Yes", "no", "No.", "D. into"])
+    for stem, keys in (("YESNO", ["YESNO/0", "YESNO/1", "YESNO/2"]), ("Multichoice", ["Multichoice/0"])):
+        records = [json.loads(line) for line in (folder / f"{stem}.jsonl").read_text().splitlines()]
+        filled = [record | {"mllm_name": "m", "response": next(replies)} for record in records]
+        file = put(tmp_path / f"{stem}.jsonl", filled)
+        answers, notes = match_answers("reefknot", items, file)
+        assert answers == dict(zip(keys, (record["response"] for record in filled)))
+        assert notes == [f"{len(keys)} answers were joined by their position in the annotations"]
+        summary = score_file("reefknot", folder, file)
+        assert row(summary, stem)["accuracy"].value == pytest.approx(100 * 2 / 3 if len(keys) > 1 else 100)
+        for change in ({"image_id": "3"}, {"query_prompt": "Is it?"}):
+            wrong = put(tmp_path / "wrong.jsonl", [filled[0] | change, *filled[1:]])
+            with pytest.raises(BadInput, match="under 'YESNO/0' or 'Multichoice/0'; score") as error:
+                match_answers("reefknot", items, wrong)
+            assert "wrong.jsonl, line 1 answers another question" in sentence(error)
+        empty = put(tmp_path / "empty.jsonl", [record | {"response": ""} for record in records])
+        with pytest.raises(BadInput, match="no line answers a question of reefknot; give") as error:
+            match_answers("reefknot", items, empty)
+        sentence(error)
+    bare = put(tmp_path / "bare.jsonl", [{"question_id": i, "text": f"{i}"} for i in range(3)])
+    answers, notes = match_answers("reefknot", items, bare)  # 0 could be of either file
+    assert answers == {"YESNO/1": "1", "YESNO/2": "2"} and "1 lines answer no question" in notes[0]
+
+
+def test_reefknots_positions_are_no_pictures(tmp_path):
+    """Line 1 asks about picture 2 what line 0 asks about picture 1."""
+    record = dict(query_prompt="Is it?", label="yes", relation_type="cognitive")
+    records = [record | {"image_id": str(i)} for i in (1, 2, 2)]
+    items = read("reefknot", put(tmp_path / "YESNO.jsonl", records))
+    file = put(tmp_path / "a.json", [record | {"response": f"{i}"} for i, record in enumerate(records)])
+    assert match_answers("reefknot", items, file)[0] == {f"YESNO/{i}": f"{i}" for i in range(3)}
+
+
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        ([], "no line answers a question of vqav2; give"),
+        ([7], "record 0 is no JSON object"),
+        ([{"question_id": 7, "answer": "x"}, ["a"]], "record 1 is no JSON object"),
+        ([{"question_id": 7, "answer": 5}], "record 0: text or prompt is no text"),
+        ([{"answer": "x"}], "record 0: question_id is None"),
+        ([{"question_id": [7], "answer": "x"}], r"record 0: question_id is \[7\]"),
+        ([{"question_id": 7, "answer": "x"}] * 2, "record 1 answers '7' once more"),
+        ('[{"question_id": 7, "answer": "x"},', "the list that begins there is damaged or cut short"),
+        ('[{"question_id": 7, "question_id": 7}]', "'question_id' is there twice"),
+        ("[" * 100_000, "the list that begins there is damaged"),
+        ("[1]\n{}", "line 1: the list that begins there is damaged"),
+    ],
+)
+def test_a_list_of_predictions(content, says, native, tmp_path):
+    items = read("vqav2", native["vqav2"][0])
+    for good in ([{"questionId": 7, "prediction": "x"}], [{"question_id": 7, "answer": "x"}]):
+        assert match_answers("vqav2", items, put(tmp_path / "a.json", good)) == ({"7": "x"}, [])
+    with pytest.raises(BadInput, match=says) as error:
+        match_answers("vqav2", items, put(tmp_path / "a.json", content))
+    assert "a.json" in sentence(error)
+
+
 BAD_ANSWERS = {
     "of another benchmark": ({"benchmark": "winoground"}, "line 1 answers winoground"),
     "another question": ({"prompt": "Which?"}, "answers another question"),
@@ -977,7 +1232,7 @@ def test_a_bad_line_of_answers_is_one_sentence(case, native, tmp_path):
     file = put(tmp_path / "answers.jsonl", [changed(lines[0], **change) | change, *lines[1:]])
     with pytest.raises(BadInput, match=says) as error:
         score_file("sugarcrepe", native["sugarcrepe"][0], file)
-    assert "answers.jsonl" in str(error.value)
+    assert "answers.jsonl" in sentence(error)
 
 
 def test_bad_files_of_answers(native, tmp_path):
@@ -986,21 +1241,30 @@ def test_bad_files_of_answers(native, tmp_path):
     lines = ours(items, perfect(items), "sugarcrepe")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for content, says in [
-        (text[:-40] + "\n", f"line {len(lines)} is damaged or cut short; remove that line"),
-        (text + "[1]\n", "no JSON object; remove that line"),
+        (text[:-40] + "\n", f"line {len(lines)} is damaged or cut short: "),
+        (text + "[1]\n", f"line {len(lines) + 1} is no JSON object; remove what is wrong, or give"),
         (text + json.dumps(lines[3]), f"answers {lines[3]['question_id']!r} once more; remove one"),
         ("", "no line answers a question of sugarcrepe; give"),
         (json.dumps({"question_id": "1234", "text": "x"}), "no line answers"),
     ]:
-        with pytest.raises(BadInput, match=re.escape(says)):
+        with pytest.raises(BadInput, match=re.escape(says)) as error:
             score_file("sugarcrepe", files, put(tmp_path / "answers.jsonl", content))
+        sentence(error)
     (tmp_path / "answers.jsonl").write_bytes(b'{"text": "\xff"}\n')
-    with pytest.raises(BadInput, match="line 1 is damaged"):
-        score_file("sugarcrepe", files, tmp_path / "answers.jsonl")
-    with pytest.raises(BadInput, match="no such file of answers; give"):
-        score_file("sugarcrepe", files, tmp_path / "none.jsonl")
-    put(tmp_path / "answers.jsonl", text[:-40])  # cut by a kill: the question has no answer yet
-    assert "1 of" in score_file("sugarcrepe", files, tmp_path / "answers.jsonl").notes[-1]
+    os.mkfifo(tmp_path / "pipe")  # to open it would be to wait
+    for name, says in (
+        ("answers.jsonl", "line 1 is damaged"),
+        ("none.jsonl", "is missing or cannot be read .No such file"),
+        ("", "it is a folder"),
+        ("pipe", "it is a pipe"),
+    ):
+        with pytest.raises(BadInput, match=f"{says}.*; .*give another file") as error:
+            score_file("sugarcrepe", files, tmp_path / name)
+        sentence(error)
+    cut = text[:-40].encode(), (text[:-40] + "é").encode()[:-1]  # by a kill: the question has no answer yet
+    for content in cut:
+        (tmp_path / "answers.jsonl").write_bytes(content)
+        assert "1 of" in score_file("sugarcrepe", files, tmp_path / "answers.jsonl").notes[-1]
     put(tmp_path / "answers.jsonl", text)
     summary = score_file("sugarcrepe", files / "swap_obj.json", tmp_path / "answers.jsonl")
     assert summary.rows[0]["n"] == 4 and f"{len(lines) - 8} lines answer no question" in summary.notes[-1]
@@ -1047,6 +1311,9 @@ def test_vizwiz_constants(real):
     }
     assert found == {"Unanswerable": 33.10, "yes": 3.02, "no": 4.93}
     summary = score("vizwiz", items, {item.key: "no" for item in items})
+    assert (
+        sum(item.question.split("\n")[0].islower() for item in items) < 200
+    )  # those that begin with a space
     assert round(summary.rows[0]['always "Unanswerable"'].value, 2) == 33.10
 
 
@@ -1060,6 +1327,33 @@ def test_mme_always_yes_and_llavas_questions(real, tmp_path):
     sums = {row[""]: (row["n"], row["score"].value) for row in summary.rows[:2]}
     assert sums == {"perception: 10 of 10 subtasks": (1057, 500), "cognition: 4 of 4 subtasks": (130, 200)}
     assert all(row["yes ratio"].value == 100 and row["missing"] == 0 for row in summary.rows[2:])
+
+
+def test_vizwiz_answers_by_position(real, tmp_path):
+    items = read("vizwiz", real / "vizwiz")
+    lines = [{"question_id": i, "prompt": x.question, "text": "Unanswerable"} for i, x in enumerate(items)]
+    summary = score_file("vizwiz", real / "vizwiz", put(tmp_path / "a.jsonl", lines))
+    assert round(summary.headline.value, 2) == 33.10 and summary.headline.n == 3172
+    assert summary.notes[-1].startswith("3172 answers were joined by their position")
+
+
+@pytest.mark.parametrize(
+    "stem, reply, accuracy", [("YESNO", "Yes.", 50), ("Multichoice", "A. behind", 24.96)]
+)
+def test_reefknots_files_filled_with_a_constant(real, tmp_path, stem, reply, accuracy):
+    lines = (real / "reefknot" / f"{stem}.jsonl").read_text().splitlines()
+    records = [json.loads(line) | {"response": reply} for line in lines]
+    summary = score_file("reefknot", real / "reefknot", put(tmp_path / "a.jsonl", records))
+    found = row(summary, stem)
+    assert (found["n"], round(found["accuracy"].value, 2)) == (len(records), accuracy)
+    assert f"{len(records)} answers were joined by their position in the annotations" in summary.notes
+
+
+def test_no_caption_of_sugarcrepe_is_an_option(real):
+    """A caption as a reply chooses nothing, though most begin with A; one begins "A sideways view"."""
+    captions = [c.strip() for p in read_pairs("sugarcrepe", real / "sugarcrepe") for c in p.captions]
+    chosen = [caption for caption in captions if option(caption[:1].upper() + caption[1:])]
+    assert len(captions) == 15022 and chosen == ["A sideways view of a pizza on a pizza stone."]
 
 
 def test_reefknot_constants(real):

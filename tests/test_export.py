@@ -245,7 +245,7 @@ def test_the_files_beside_a_released_checkpoint(variant, tmp_path):
     assert set(tokenizer(text)) == {"input_ids", "attention_mask"}  # what a model takes
     assert tokenizer(text)["input_ids"] == vlm.tokenizer.encode(text).ids
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text  # no spaces cleaned up
-    assert tokenizer.model_max_length == 128
+    assert tokenizer.model_max_length == 256
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.padding_side == read(tmp_path / "released/config.json")["tokenizer_padding_side"]
 

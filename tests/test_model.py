@@ -41,7 +41,7 @@ VISION = SiglipConfig(
 )  # 4 patches
 TEXT = QwenConfig(
     vocab_size=270, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=128,
+    num_key_value_heads=2, max_position_embeddings=256,
 )  # fmt: skip
 PICTURE = [IMAGE_TOKEN] * 4
 PIXELS = torch.randn(3, 3, 28, 28, generator=torch.Generator().manual_seed(1))
@@ -288,7 +288,7 @@ def test_an_unknown_layout_is_refused(tmp_path):
         ("released_layout", {"connector_type": "linear"}, "mlp2x_gelu"),
         ("released_layout", {"connector_hidden_size": None}, "connector_hidden_size"),
         ("hf_llava_layout", {"projector_hidden_act": "relu"}, "projector_hidden_act"),
-        ("hf_llava_layout", {"multimodal_projector_bias": False}, "biases"),
+        ("hf_llava_layout", {"multimodal_projector_bias": False}, "multimodal_projector_bias"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )

@@ -7,6 +7,7 @@ Real processes. `slow`: kills at random moments, and the matrix of ranks, engine
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,18 +241,56 @@ def test_stopped_between_two_micro_batches(world, tmp_path, ranks):
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_save_counts_once_latest_names_it(world, tmp_path, capsys):
-    """Killed between the two, a run goes on from the save before and makes the newer one again."""
+@pytest.mark.parametrize("what", ["latest", "run.json", "log", "run.json and latest"])
+def test_small_files_that_are_damaged_cost_nothing(world, tmp_path, capsys, what):
+    """latest is for whoever looks, of run.json each save has a copy, and a log loses one row."""
     flags = ["--steps", 8, "--batch-size", 2, "--save-every", 2]
     train.main(command(world, tmp_path / "whole", *flags))
-    parts = command(world, tmp_path / "parts", *flags)
+    parts, run = command(world, tmp_path / "parts", *flags), tmp_path / "parts/x/stage2.run"
     train_until(4, parts)
     assert "stopped after step 4" in capsys.readouterr().out
-    pointer = tmp_path / "parts/x/stage2.run/latest"
-    assert pointer.read_text() == "step-00000004"
-    pointer.write_text("step-00000002")
+    assert (run / "latest").read_text() == "step-00000004"
+    for name in what.split(" and "):
+        if name == "log":
+            log, lost = run.with_suffix(".jsonl"), b'{"st\xff\x00ep": 2}\n[1]\n{"step": "x"}\n'
+            log.write_bytes(log.read_bytes().replace(b'{"step": 3,', lost + b'{"st": 3,'))
+        else:
+            (run / name).write_bytes(b"\x00\xff" * 9)
     train_until(5, parts)
-    assert "of which 2 are done" in capsys.readouterr().out and pointer.read_text() == "step-00000005"
+    assert "of which 4 are done" in capsys.readouterr().out
+    assert (run / "latest").read_text() == "step-00000005" and json.loads((run / "run.json").read_text())
+    train.main(parts)
+    if what == "log":
+        assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 4, 5, 6, 7, 8]
+    else:
+        same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_another_run_is_told_by_the_copy_in_a_save(world, tmp_path):
+    argv = command(world, tmp_path, "--steps", 8, "--batch-size", 2)
+    train_until(2, argv)
+    (tmp_path / "x/stage2.run/run.json").write_text("{")
+    with pytest.raises(SystemExit, match="belongs to another run .*lr"):
+        train.main([*argv, "--lr", "0.1"])
+
+
+def test_a_damaged_later_save_does_not_push_out_the_newest_whole_one(world, tmp_path):
+    """--keep 1: the save of step 6 is damaged, that of step 3 is written, and is not the one that goes."""
+    argv = command(world, tmp_path, "--steps", 8, "--batch-size", 2, "--save-every", 20, "--keep", 1)
+    train_until(2, argv)
+    run = tmp_path / "x/stage2.run"
+    shutil.copytree(run / "step-00000002", run / "step-00000006")
+    (run / "step-00000006/.metadata").write_bytes(b"")
+    train_until(3, argv)
+    assert [folder.name for folder in run.glob("step-*")] == ["step-00000003"]
+
+
+def test_stop_after_is_a_way_to_stop(world, tmp_path, capsys):
+    flags = ["--steps", 6, "--batch-size", 2]
+    train.main(command(world, tmp_path / "whole", *flags))
+    parts = command(world, tmp_path / "parts", *flags, "--stop-after", 3)
+    train.main(parts)
+    assert "stopped after step 3" in capsys.readouterr().out
     train.main(parts)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -279,6 +318,17 @@ def damage(folder, how):
     if how == "cut":
         file = next(folder.glob("*.distcp"))
         file.write_bytes(file.read_bytes()[:-100])
+    elif how == "a flipped byte":
+        content = bytearray((file := next(folder.glob("*.distcp"))).read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    elif how == "zeros as metadata":
+        file = folder / ".metadata"
+        file.write_bytes(bytes(file.stat().st_size))
+    elif how == "no step":
+        state = json.loads((folder / "state.json").read_text())
+        del state["step"]
+        (folder / "state.json").write_text(json.dumps(state))
     elif how == "no state":
         (folder / "state.json").unlink()
     elif how == "half a state":
@@ -287,7 +337,10 @@ def damage(folder, how):
         (folder / ".metadata").unlink()
 
 
-@pytest.mark.parametrize("how", ["cut", "no state", "half a state", "no metadata"])
+DAMAGES = "cut", "a flipped byte", "no state", "half a state", "no step", "no metadata", "zeros as metadata"
+
+
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_half_written_save_is_passed_over(world, tmp_path, how, capsys):
     flags = ["--steps", 8, "--batch-size", 2, "--save-every", 2]
     train.main(command(world, tmp_path / "whole", *flags))
@@ -300,7 +353,7 @@ def test_a_half_written_save_is_passed_over(world, tmp_path, how, capsys):
     capsys.readouterr()
     train.main(command(world, tmp_path / "parts", *flags))
     said = capsys.readouterr().out
-    assert "step-00000006 is not whole" in said and "of which 4 are done" in said
+    assert "step-00000006 is damaged and is passed over" in said and "of which 4 are done" in said
     assert not leftover.exists()
     same_run(tmp_path / "whole", tmp_path / "parts")
 

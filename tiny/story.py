@@ -33,6 +33,7 @@ from evals.analyses import (
 )
 from evals.benchmarks import markdown
 from evals.figures import FIGURES, NO_PLOTS
+from support.errors import one_line
 from support.world import make_world, tiny_cases
 from tiny.scores import exact_answers
 
@@ -285,4 +286,4 @@ def story(args: argparse.Namespace) -> None:
         write_rows(folder, "links", rows)
     for name, claims in links.items():
         print(f"{name}: {link_verdict(claims)}")
-    print(f"{missing}\n{args.out / 'report.md'}".strip())
+    print(f"{missing}\n{one_line(args.out / 'report.md')}".strip())

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import model
 import train
-from evals.pictures import attention_picture
+from evals.pictures import attention_picture, check_picture
 from support.errors import BadInput, of_machine, one_line
-from support.files import check_writable, field, read_json, write_atomically
+from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
 from support.world import COMPOSITION, make_world, tiny_cases
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
@@ -45,6 +45,8 @@ def train_students(args: argparse.Namespace) -> None:
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
         return
     check_writable(args.out)
+    check_output(args.out / "results.md", lambda file: read_text(file).startswith("| "))
+    check_picture(args.out / "attention.png")
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
     run_students(args, steps)

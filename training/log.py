@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from model import pick_device
-from support.errors import BadInput
+from support.errors import BadInput, one_line
 from support.files import write_atomically
 from support.ranks import barrier, rank_and_ranks
 from training.recipes import Config
@@ -50,7 +50,7 @@ class Log:
         self.bar = tqdm(
             total=steps,
             initial=start,
-            desc=f"{c.name} {run.stem}",
+            desc=one_line(f"{c.name} {run.stem}"),
             disable=self.rank != 0 or c.quiet,
             dynamic_ncols=True,
         )

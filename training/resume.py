@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model import pick_device
-from support.errors import BadInput
+from support.errors import BadInput, one_line
 from support.files import digest, lock_file, open_file, read_json, remove, write_atomically
 from support.ranks import any_rank, barrier, of_all_ranks, rank_and_ranks
 
@@ -180,7 +180,7 @@ def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | N
         if (state := whole(folder)) is not None:
             break
         if rank_and_ranks()[0] == 0:
-            print(f"{folder} is damaged and is passed over")
+            print(one_line(f"{folder} is damaged and is passed over"))
     else:
         return None
     tensors = state_tensors(module, optimizer)

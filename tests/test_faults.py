@@ -1,0 +1,697 @@
+"""Kinds of faults, each mended in one place: other people's files, other people's machines, and attack.
+
+Faults of one file only (a config, a record, a benchmark) are tested beside what reads it.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file as load
+
+import data
+import eval as evaluation
+import model
+import train
+from evals import pictures
+from support import checkpoint, files, loading, program, ranks, world
+from support.errors import BadInput, of_machine, one_line
+from tiny import students
+from training import recipes
+
+ROOT = Path(model.__file__).parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+STEER = "\x1b[2J\nerror: all is well\u202e"  # clears the screen, fakes a line, turns the direction of writing
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return world.make_world(tmp_path_factory.mktemp("small") / "world", 0, 12, 4, 6)
+
+
+def command(small, out, *flags):
+    where = [
+        "--student",
+        ROOT / "tiny/compodistill",
+        "--data",
+        small / "tune.json",
+        "--images",
+        small / "images",
+    ]
+    return [str(x) for x in ("--stage", 3, *where, "--batch-size", 2, "--out", out, *flags)]
+
+
+def refused(main, match, argv):
+    """The one sentence that a program ends with."""
+    with pytest.raises(SystemExit, match=match) as error:
+        main([str(word) for word in argv])
+    text = str(error.value)
+    assert text.startswith("error: ") and text.isprintable(), text
+    return text
+
+
+def started(program_file, *argv, ranks=0, **streams):
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    )
+    words = [sys.executable, *launcher, str(program_file), *map(str, argv)]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | streams
+    return subprocess.Popen(words, env=ENVIRONMENT, cwd=ROOT, start_new_session=True, **streams)
+
+
+def ended(process, limit=60):
+    """(exit status, what was printed) of a process that ends in time, and leaves nobody behind."""
+    try:
+        text, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    return process.returncode, text
+
+
+# ---------------------------------------------------------------- workers
+
+
+def make(key):
+    if key == "bad":
+        raise BadInput(f"a bad one {STEER}")
+    if key == "short":
+        torch.empty(1 << 55)
+    if key == "slow":
+        time.sleep(60)
+    if key == "bug":
+        raise KeyError("ours")
+    return {"x": torch.full((2,), float(key)), "name": str(key)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_arrives_as_it_is(workers, monkeypatch):
+    batches = loading.batches_made(make, [1, 2, "bad", 3], workers)
+    assert [next(batches)["x"].tolist() for _ in range(2)] == [[1, 1], [2, 2]]
+    with pytest.raises(BadInput) as error:
+        next(batches)
+    assert str(error.value) == r"a bad one \x1b[2J\nerror: all is well\u202e"
+    with pytest.raises((BadInput, RuntimeError)) as error:
+        next(loading.batches_made(make, ["short"], workers))
+    assert "memory of this machine is used up" in str(error.value)
+    with pytest.raises(KeyError), program.one_sentence():  # which ends all workers
+        next(loading.batches_made(make, ["bug"], workers))
+    assert not program.multiprocessing.active_children()
+
+
+def test_waiting_for_a_batch_has_a_limit(monkeypatch):
+    monkeypatch.setattr(loading, "WAIT", 1)
+    with pytest.raises(SystemExit, match="error: no batch came from --workers.* shared memory"):
+        with program.one_sentence():
+            next(loading.batches_made(make, ["slow"], 1))
+
+
+def test_a_worker_that_is_killed(monkeypatch):
+    """One sentence, with what the same command goes on from; workers that ignore SIGTERM end, too."""
+
+    def kill():
+        time.sleep(0.5)
+        os.kill(program.multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(SystemExit, match="error: one of --workers was killed.*; less; from step 7"):
+        with program.one_sentence(less="less", going_on=lambda: "; from step 7"):
+            list(loading.batches_made(make, [1, "slow", "slow"], 2))
+    assert not program.multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_bench_ends_when_a_worker_does(small, tmp_path):
+    """A picture that cannot be decoded, prepared by a worker; no process outlives it."""
+    shutil.copytree(small, tmp_path / "w")
+    for picture in (tmp_path / "w/images").glob("test-*.png"):
+        picture.write_bytes(picture.read_bytes()[:60])
+    where = ["--annotations", tmp_path / "w/test", "--images", tmp_path / "w/images", "--workers", 2]
+    where += ["--model", ROOT / "tiny/teacher", "--answers", tmp_path / "a.jsonl"]
+    code, text = ended(started("eval.py", "bench", "sugarcrepe", *where))
+    assert code == 1 and text.count("error:") == 1 and "Traceback" not in text, text
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def overflow(kind):
+    if kind == "memory":
+        torch.empty(1 << 55)
+    if kind == "gpu":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+    if kind == "numpy":
+        np.empty((1 << 55,))
+    if kind == "ranks":
+        raise torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled system error")
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("memory", "memory of this machine"),
+        ("numpy", "memory of this machine"),
+        ("gpu", "memory of the GPU is used up .*2.00 GiB"),
+        ("ranks", "connection to the other ranks"),
+    ],
+)
+def test_errors_of_the_machine_are_one_sentence(kind, said):
+    with pytest.raises(SystemExit, match=f"error: .*{said}.*; a smaller --batch-size needs less") as error:
+        with program.one_sentence():
+            overflow(kind)
+    assert str(error.value).isprintable()
+
+
+def test_errors_of_our_own_keep_their_traceback():
+    for error in (RuntimeError("The size of tensor a (3) must match"), KeyError("x"), AssertionError()):
+        assert of_machine(error) is None
+        with pytest.raises(type(error)), program.one_sentence():
+            raise error
+
+
+def test_compile_without_a_compiler(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    refused(
+        train.main,
+        "--compile needs a C.. compiler, and there is no no-such-compiler",
+        command(small, tmp_path, "--compile"),
+    )
+
+
+# ---------------------------------------------------------------- which model, which data
+
+
+def test_a_fingerprint_reads_every_tensor_of_a_large_file(tmp_path, monkeypatch):
+    """One number of one tensor in the middle, another tokenizer; but not a file that was only touched."""
+    shutil.copytree(ROOT / "tiny/teacher", tmp_path / "m")
+    monkeypatch.setattr(checkpoint, "SMALL", 1000)
+    seen, file = [checkpoint.fingerprint(tmp_path / "m")], tmp_path / "m/model.safetensors"
+    os.utime(file)
+    assert checkpoint.fingerprint(tmp_path / "m") == seen[0]
+    for name in (
+        "lm.model.layers.3.mlp.up_proj.weight",
+        "vision.post_layernorm.bias",
+        "adapter.linear_1.weight",
+    ):
+        tensors = load(file)
+        tensors[name].view(-1)[0] += 1
+        checkpoint.save_file(tensors, file, metadata={"format": "pt"})
+        seen.append(checkpoint.fingerprint(tmp_path / "m"))
+    text = (tmp_path / "m/tokenizer.json").read_text()
+    (tmp_path / "m/tokenizer.json").write_text(text.replace("circle", "cercle"))
+    seen.append(checkpoint.fingerprint(tmp_path / "m"))
+    assert len(set(seen)) == 5
+
+
+# ---------------------------------------------------------------- runs that cannot learn
+
+
+def talk(question, answer, **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"conversations": turns, **more}
+
+
+def written(folder, records):
+    (folder / "data.json").write_text(json.dumps(records))
+    return ["--data", folder / "data.json"]
+
+
+def last_row(out, stage=3):
+    return json.loads((out / f"compodistill/stage{stage}.jsonl").read_text().splitlines()[-1])
+
+
+def test_answers_that_are_cut_off_are_counted_and_replaced(small, tmp_path):
+    """Of eight records three have questions beyond --max-length, two are cut in their answer; one has a first
+    turn of gpt and a last question, which LLaVA passes over, too.
+    """
+    long = talk("why " * 200, "yes", id="long")
+    records = [talk("What?", "no " * 200, id="cut")] * 2 + [talk("What?", "yes", id="good")] * 2 + [long] * 3
+    odd = talk("What?", "yes")["conversations"]
+    odd = [{"from": "gpt", "value": "Hello."}, *odd, {"from": "human", "value": "And?"}]
+    records += [{"id": "odd", "conversations": odd}]
+    argv = command(
+        small, tmp_path, *written(tmp_path, records), "--max-length", 100, "--steps", 4, "--log-every", 1
+    )
+    train.main(argv)
+    row, bad = last_row(tmp_path), (tmp_path / "compodistill/stage3.bad.jsonl").read_text().splitlines()
+    order = [i for batch in data.batches_of(8, 4, 1, 2, 0, 1, 0) for i in batch]
+    assert sorted(order) == list(range(8))  # each record once; for 4, 5 and 6 record 7 stands in
+    assert (row["bad"], row["cut"], row["mended"]) == (3 + 2 + 1, 2, 4)
+    assert len(bad) == 6 and all("'long': nothing of an answer is within 100 tokens" in line for line in bad)
+
+
+def test_nothing_to_learn_stops_with_the_cause(small, tmp_path):
+    """No picture in stage 1, whose adapter alone is trained; a loss of weight 0."""
+    argv = command(small, tmp_path, *written(tmp_path, [talk("What?", "yes")] * 5), "--steps", 2)
+    argv[argv.index("--student") + 1] = str(ROOT / "tiny/student")
+    refused(
+        train.main,
+        "5 records in a row are bad.* no picture, and the adapter alone is trained",
+        [*argv, "--stage", 1],
+    )
+
+
+def test_a_gradient_of_nothing_stops(small, tmp_path, monkeypatch):
+    def nothing(module, norm):
+        for parameter in module:
+            parameter.grad.zero_()
+        return torch.zeros(())
+
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", nothing)
+    refused(train.main, "the gradient of step 1 is exactly 0", command(small, tmp_path, "--steps", 2))
+    assert not (tmp_path / "compodistill/stage3").exists()
+
+
+def test_every_record_of_an_epoch_is_seen(small, tmp_path, capsys):
+    train.main(command(small, tmp_path, "--epochs", 1, "--batch-size", 5))
+    assert "steps: 3, of which 0 are done; 12 samples" in capsys.readouterr().out
+
+
+def test_data_sets_have_each_their_folder_of_pictures(tmp_path):
+    """The same name in both, another picture; one folder for all still works, two for three do not."""
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "red")):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8), colour).save(tmp_path / name / "x.png")
+        (tmp_path / f"{name}.json").write_text(json.dumps([talk("<image>\nWhat?", "yes", image="x.png")]))
+    tokenizer, sets = data.load_tokenizer(ROOT / "tiny/teacher"), [tmp_path / "a.json", tmp_path / "b.json"]
+
+    def reds(images):
+        dataset = data.LlavaDataset(sets, images, tokenizer, 16, 40)
+        return [dataset[i]["pixel_values"][0].mean().item() > 0 for i in range(2)]
+
+    assert reds([tmp_path / "a", tmp_path / "b"]) == [True, False] and reds(tmp_path / "b") == [False] * 2
+    with pytest.raises(BadInput, match="3 --images, 2 --data"):
+        reds([tmp_path / name for name in "abc"])
+
+
+# ---------------------------------------------------------------- text on a terminal
+
+
+def test_text_from_files_cannot_steer_the_terminal(small, tmp_path):
+    assert one_line(STEER) == r"\x1b[2J\nerror: all is well\u202e" and one_line("é 中 ok") == "é 中 ok"
+    assert one_line("\udc80\x00\u2028\x9b") == r"\udc80\x00\u2028\x9b"
+    folder = shutil.copytree(ROOT / "tiny/teacher", tmp_path / f"m{STEER}")
+    tensors = load(folder / "model.safetensors") | {STEER: torch.zeros(1)}
+    checkpoint.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    refused(evaluation.main, r"tensor \\x1b", ["chat", "--model", folder, "--question", "What?"])
+    argv = command(small, tmp_path, *written(tmp_path, [talk("<image>", "yes", image="no.png", id=STEER)]))
+    refused(train.main, r"record '\\\\?x1b", argv)
+    table = evaluation.answers.benchmarks.markdown(["", "n"], [[STEER, 3]])
+    assert len(table.splitlines()) == 3 and "\x1b" not in table
+
+
+# ---------------------------------------------------------------- no regular files
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(name, tmp_path):
+    shutil.copytree(ROOT / "tiny/teacher", tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    os.mkfifo(tmp_path / "m" / name)
+    with pytest.raises(BadInput, match=f"{name}.*a pipe or a device"):
+        model.load(tmp_path / "m")
+    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).mkdir()
+    with pytest.raises(BadInput, match=f"{name}.*a folder"):
+        model.load(tmp_path / "m")
+
+
+def test_a_pipe_as_picture_data_or_answers_is_not_waited_for(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    ask = ["chat", "--model", ROOT / "tiny/teacher", "--question", "What?", "--image", tmp_path / "pipe"]
+    refused(evaluation.main, "a pipe or a device", ask)
+    refused(train.main, "a pipe or a device", [*command(small, tmp_path), "--data", tmp_path / "pipe"])
+    bench = ["bench", "sugarcrepe", "--annotations", small / "test", "--score-only", tmp_path / "pipe"]
+    refused(evaluation.main, "a pipe or a device", bench)
+
+
+def test_byte_order_marks_are_no_content(small, tmp_path):
+    folder = shutil.copytree(ROOT / "tiny/teacher", tmp_path / "m")
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + (folder / name).read_bytes())
+    with_mark, without = model.load(folder), model.load(ROOT / "tiny/teacher")
+    assert with_mark.config == without.config
+    assert with_mark.tokenizer.get_vocab() == without.tokenizer.get_vocab()
+
+
+# ---------------------------------------------------------------- flags
+
+
+EMPTY = [
+    (train.main, ["--stage", "2", "--student", "", "--recipe", "paper"], "--student"),
+    (train.main, ["--out="], "--out"),
+    (train.main, ["--data", "a.json", " ", "--images", "x"], "--data"),
+    (evaluation.main, ["chat", "--model", "", "--question", "x"], "--model"),
+    (evaluation.main, ["analyse", ""], "an argument"),
+    (model.main, ["", "--out", "x", "--layout", "hf"], "an argument"),
+]
+ABSURD = "--seed 1000000000000000|--seed -1|--lora-rank 1000000000|--batch-size 1000000000|--lr inf|--lr nan|"
+ABSURD += "--workers 100000|--steps 1e3|--kl-weight -1|--max-bad-share x|--accumulation 99999999999999999999"
+
+
+@pytest.mark.parametrize("main, argv, flag", EMPTY, ids=str)
+def test_an_empty_flag_is_not_a_missing_one(main, argv, flag, capsys):
+    with pytest.raises(SystemExit):
+        main(argv)
+    assert f"{flag} is empty: give it a value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ABSURD.split("|"))
+def test_absurd_numbers_are_refused_by_their_flag(flag, capsys):
+    with pytest.raises(SystemExit):
+        recipes.parse_args("", flag.split())
+    said = capsys.readouterr().err
+    assert f"argument {flag.split()[0]}: " in said and ("out of range" in said or "number" in said)
+
+
+@pytest.mark.parametrize(
+    "variable, value", [("RANK", "x"), ("RANK", "3"), ("WORLD_SIZE", "-1"), ("MASTER_PORT", "taken")]
+)
+def test_ranks_that_cannot_be_joined(variable, value, monkeypatch):
+    with ranks.socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        given = {
+            "RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+            variable: value,
+        }
+        for name, text in given.items():
+            monkeypatch.setenv(name, text.replace("taken", port))
+        with pytest.raises(BadInput, match="the ranks cannot be joined .*; start them with torchrun"):
+            with ranks.ranks_of_torchrun("gloo"):
+                pass
+
+
+# ---------------------------------------------------------------- files that are written
+
+
+def test_what_the_dead_left_is_removed_and_the_living_are_left_alone(tmp_path):
+    """A process killed while it wrote, with the same process id as this one or not."""
+    for left in (tmp_path / f".out.{os.getpid()}.writing", tmp_path / ".other.1.writing"):
+        left.mkdir()
+        (left / "half").write_text("x")
+    (tmp_path / ".file.txt.0.writing").write_text("half")
+    with files.temporary_beside(tmp_path / "out", folder=True) as mine:
+        with files.temporary_beside(tmp_path / "out", folder=True) as other:
+            assert mine.is_dir() and other.is_dir() and mine != other
+        checkpoint.write_folder(tmp_path / "out", {"x": torch.zeros(1)}, {})
+        assert mine.is_dir()
+    files.write_atomically(tmp_path / "file.txt", "whole")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".other.1.writing", "file.txt", "out"]
+
+
+def test_two_makers_of_one_world(tmp_path):
+    makers = [
+        threading.Thread(target=world.make_world, args=(tmp_path / "w", 0, 40, 10, 20)) for _ in range(3)
+    ]
+    [maker.start() for maker in makers]
+    [maker.join() for maker in makers]
+    assert [file.name for file in tmp_path.iterdir()] == ["w"] and world.tiny_items(tmp_path / "w")
+
+
+@pytest.mark.parametrize("what", ["input", "annotations", "text", "picture", "device", "folder"])
+def test_outputs_are_not_written_over_what_is_not_ours(small, tmp_path, what):
+    picture, text = tmp_path / "a.png", tmp_path / "notes.jsonl"
+    shutil.copy(small / "images/test-0.png", picture)
+    text.write_text("my notes, without an end of line")
+    show = [
+        "attention",
+        "--model",
+        ROOT / "tiny/teacher",
+        "--question",
+        "What?",
+        "--image",
+        picture,
+        "--save",
+    ]
+    where = ["--annotations", small / "test", "--images", small / "images", "--model", ROOT / "tiny/teacher"]
+    bench = ["bench", "sugarcrepe", *where, "--limit", 1]
+    argv, file, why = {
+        "input": ([*show, picture], picture, "is read by this command"),
+        "annotations": (
+            [*bench, "--out", small / "test/swap_obj.json"],
+            small / "test/swap_obj.json",
+            "was not written",
+        ),
+        "text": ([*bench, "--answers", text], text, "was not written by this program"),
+        "picture": ([*show, small / "images/test-1.png"], small / "images/test-1.png", "was not written"),
+        "device": (
+            [*bench, "--answers", tmp_path / "b.jsonl", "--out", "/dev/null"],
+            None,
+            "a folder or a device",
+        ),
+        "folder": ([*show, tmp_path], None, "a folder or a device"),
+    }[what]
+    before = file and file.read_bytes()
+    refused(evaluation.main, why, argv)
+    assert (file and file.read_bytes()) == before and Path("/dev/null").is_char_device()
+
+
+def test_our_own_outputs_are_replaced(small, tmp_path):
+    save = tmp_path / "a.png"
+    show = ["attention", "--model", ROOT / "tiny/teacher", "--question", "What?", "--save", save, "--image"]
+    for name in ("test-0.png", "test-1.png"):
+        evaluation.main([*map(str, show), str(small / "images" / name)])
+    refused(evaluation.main, "is read by this command", [*show, save])
+
+
+# ---------------------------------------------------------------- the tiny world, edited
+
+
+EDITS = {
+    "empty list": ("swap_obj.json", "[]", "holds a list, not a dict"),
+    "no records": ("add_att.json", "{}", "does not have records of every kind"),
+    "missing": ("swap_att.json", None, "is missing"),
+    "another kind": ("recognition.json", '[{"kind": "smell"}]', "there is no kind 'smell'"),
+    "no caption": (
+        "replace_rel.json",
+        '{"0": {"filename": "a.png", "caption": 5}}',
+        "caption is 5, not a str",
+    ),
+    "out of its folder": (
+        "add_obj.json",
+        '{"0": {"filename": "../x.png", "caption": "a", "negative_caption": "b"}}',
+        "leads out",
+    ),
+    "cut": ("recognition.json", '[{"kind": "colour"', "is not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_an_edited_world_is_one_sentence(small, tmp_path, edit):
+    name, text, why = EDITS[edit]
+    folder = shutil.copytree(small, tmp_path / "w")
+    (folder / "test" / name).unlink()
+    if text is not None:
+        (folder / "test" / name).write_text(text)
+    with pytest.raises(BadInput, match=f"{name}.*{why}.*; remove .*w, and it is made again"):
+        world.tiny_items(folder)
+
+
+RUN = {"sft/stage2.run/run.json": '{"seed": 0, "steps": 1500}'}
+RESULTS = {
+    "no runs": ({"results.json": "{}"}, "run.json is missing"),
+    "another seed": ({"results.json": "{}", **RUN, "sft/stage2.run/run.json": '{"seed": 7}'}, "of --seed 7"),
+    "no scores": ({"results.json": '{"teacher": {}}', **RUN}, "recognition is None, not a float"),
+    "a list": ({"results.json": "[]", **RUN}, "holds a list"),
+    "a report of mine": ({"results.md": "Dear diary"}, "results.md was not written by this program"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("edit", RESULTS)
+def test_edited_results_are_one_sentence(tmp_path, edit):
+    written, why = RESULTS[edit]
+    for name, text in written.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=why):
+        students.train_students(program.argparse.Namespace(out=tmp_path, seed=0, steps=None, teacher="x"))
+
+
+# ---------------------------------------------------------------- longer than the model
+
+
+def test_questions_beyond_the_model_are_refused(teacher, small):
+    vlm, long = teacher, "what " * 2000
+    with pytest.raises(BadInput, match="the question 'what what .* has [0-9]+ tokens .* and .*holds 1024"):
+        vlm.question_ids(long, picture=True)
+    picture = small / "images/test-0.png"
+    ask = evaluation.answers.described(vlm, picture, "What?", long)
+    with pytest.raises(BadInput, match="the answer to 'What.' has [0-9]+ tokens"):
+        list(evaluation.answers.shared_once(vlm, [ask], [[0]]))
+    question = evaluation.analyses.Question(picture, "What?", long, "")
+    with pytest.raises(BadInput, match="the answer 'what what"):
+        evaluation.analyses.answered(vlm, question)
+
+
+def test_writing_ends_where_the_model_can_hold_no_more(teacher):
+    ids = torch.zeros(1, 1020, dtype=torch.long) + 300
+    assert teacher.generate(ids, max_new_tokens=50, stop_ids=[]).shape[1] == 4
+
+
+# ---------------------------------------------------------------- letters
+
+
+@pytest.mark.parametrize("one, other", [("Где кошка", "Дом и лес"), ("סוס", "כלב"), ("한국어", "고양이")])
+def test_words_of_other_alphabets_are_told_apart(one, other, tmp_path, capsys):
+    """By a font of the system, or by numbers, and then with a sentence."""
+
+    def drawn(text):
+        pictures.sheet([[(text, Image.new("RGB", (240, 240)))]], tmp_path / "a.png")
+        return np.asarray(Image.open(tmp_path / "a.png"))[:44].copy()
+
+    assert not np.array_equal(drawn(one), drawn(other)) and np.array_equal(drawn(one), drawn(one))
+    font, lacking = pictures.font_for(one)
+    assert bool(lacking) == ("no font here has" in capsys.readouterr().err)
+    boxes = {bytes(font.getmask(letter)) for letter in {*one} - {*lacking, " "}}
+    assert bytes(font.getmask("\uffff")) not in boxes
+
+
+# ---------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize("closed", ["a reader who goes", "a full disk", "no stderr"])
+def test_a_training_outlives_its_output(small, tmp_path, closed):
+    argv = command(small, tmp_path, "--steps", 12, "--log-every", 1)
+    streams = {"stderr": subprocess.PIPE}
+    if closed == "a full disk":
+        streams["stdout"] = open("/dev/full", "w")
+    if closed == "no stderr":
+        argv = ["-c", 'exec "$@" 2>&-', "sh", sys.executable, str(ROOT / "train.py"), *argv]
+        process = subprocess.Popen(["sh", *argv], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+        assert "stage 3 done" in process.communicate()[0] and process.returncode == 0
+    else:
+        process = started("train.py", *argv, **streams)
+        if process.stdout:
+            process.stdout.readline()
+            process.stdout.close()
+        said, code = process.stderr.read(), process.wait()
+        assert "Traceback" not in said and "Exception" not in said, said
+        full = "error: the output could not be written (No space left on device)"
+        assert (code, full in said) == ((1, True) if closed == "a full disk" else (0, False)), said
+    assert last_row(tmp_path)["step"] == 12 and (tmp_path / "compodistill/stage3/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["train.py"], ["eval.py", "chat"], ["model.py"], ["-m", "tiny"]], ids=" ".join
+)
+def test_ctrl_c_while_python_imports(words):
+    process = started(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate()[0]
+    assert process.returncode == -signal.SIGINT and text == "", text
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_main_job_saves(tmp_path):
+    process = started("-m", "tiny", "--out", tmp_path, "--steps", 300)
+    limit = time.time() + 120
+    while not any(students.last_step(tmp_path / name) > 20 for name in students.STUDENTS):
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    code, text = ended(process, 60)
+    assert code == 1 and "stopped; the same command goes on" in text and "Traceback" not in text
+    assert list(tmp_path.glob("*/stage?.run/step-*/state.json"))
+
+
+# ---------------------------------------------------------------- ranks
+
+DISAGREE = """
+import os, sys
+sys.argv += ["--lr", "0.1"] * (os.environ["RANK"] == "1")
+import train
+train.main()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_were_started_otherwise_are_refused(small, tmp_path):
+    (tmp_path / "other.py").write_text(DISAGREE)
+    code, text = ended(started(tmp_path / "other.py", *command(small, tmp_path, "--steps", 2), ranks=2), 90)
+    assert (
+        code == 1
+        and "error: rank 1 has {'lr': 0.1" in text
+        and "start all ranks with the same command" in text
+    )
+    assert text.count("error: ") == 1 and 'File "' not in text.split("error: ")[0], text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["killed", "a bad picture"])
+def test_when_a_rank_ends_the_others_name_it(small, tmp_path, how):
+    """And every process ends within seconds, without a traceback."""
+    folder = shutil.copytree(small, tmp_path / "w")
+    argv = command(folder, tmp_path / "out", "--steps", 3000, "--workers", 1, "--save-every", 5)
+    process = started(ROOT / "train.py", *argv, ranks=3)
+    limit = time.time() + 120
+    while not list(tmp_path.glob("out/*/stage3.run/step-*")):
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.2)
+    if how == "killed":
+        found = subprocess.run(
+            ["pgrep", "-g", str(process.pid), "-f", "train.py"], capture_output=True, text=True
+        )
+        number = {rank: pid for pid in found.stdout.split() if (rank := rank_of(pid)) is not None}
+        os.kill(int(number["1"]), signal.SIGKILL)
+    else:
+        for picture in (folder / "images").glob("tune-*.png"):
+            picture.write_bytes(b"no picture")
+    code, text = ended(process, 60)
+    assert code == 1 and "Traceback" not in text and "gloo" not in text, text
+    if how == "killed":
+        assert text.count("rank 1 has ended (process") == 2, text
+    assert "the same command goes on" in text
+
+
+def rank_of(pid):
+    try:
+        words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+        launcher = b"torch.distributed.run" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:
+        return None
+    return (
+        next((word[5:].decode() for word in words if word.startswith(b"RANK=")), None) if launcher else None
+    )
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_too_small(small, tmp_path):
+    """In eval.py bench, too: a sentence, instead of waiting for ever."""
+    where = [
+        "--annotations",
+        small / "test",
+        "--images",
+        small / "images",
+        "--batch-size",
+        64,
+        "--workers",
+        1,
+    ]
+    bench = [sys.executable, "eval.py", "bench", "sugarcrepe", *where, "--model", "tiny/teacher"]
+    script = "mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 99; "
+    script += " ".join(map(str, [*bench, "--answers", tmp_path / "a"]))
+    process = subprocess.Popen(["unshare", "-rm", "bash", "-c", script], env=ENVIRONMENT, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    text, _ = process.communicate(timeout=60)
+    if process.returncode == 99 or "unshare" in text:
+        pytest.skip("no user namespaces here")
+    assert process.returncode == 1 and "error: the shared memory in which --workers hand over" in text, text
