@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -173,6 +173,8 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
     except Exception as error:  # what decoders raise of damaged files has a dozen types
         name = getattr(picture, "filename", None) or picture
         reason = getattr(error, "strerror", None) or error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is none of {', '.join(PICTURE_FORMATS)}"
         raise BadInput(f"{name} cannot be read as a picture ({reason}); replace it") from None
 
 

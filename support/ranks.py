@@ -63,7 +63,7 @@ def who_ended(store: dist.Store, ranks: int) -> str:
         for _ in range(10):
             if store.check(["ended"]):
                 rank, _, why = store.get("ended").decode().partition(" ")
-                return f"rank {rank} has ended ({why})"
+                return f"rank {rank} has ended ({why:.200})"
             for rank in range(ranks):
                 process, host = store.get(f"process {rank}").decode().split(" ", 1)
                 if host == socket.gethostname() and not is_running(int(process)):
