@@ -67,6 +67,7 @@ ONLY: dict[str, tuple] = {
     "do_center_crop": (False,),
     "do_pad": (False,),
     "resample": (Image.Resampling.BICUBIC,),
+    "rescale_factor": (1 / 255,),
     "image_mean": (0.5, [0.5] * 3),
     "image_std": (0.5, [0.5] * 3),
 }
@@ -248,17 +249,17 @@ def read_config(folder: Path) -> VLMConfig:
     )
 
 
+PREPROCESSING = "do_resize do_rescale do_normalize do_center_crop do_pad resample rescale_factor image_mean"
+PREPROCESSING += " image_std"
+
+
 def check_preprocessing(folder: Path, side: int) -> None:
     """BadInput where the folder says that its pictures are prepared otherwise than by data.preprocess."""
-    for name, part in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        file = folder / name
-        if not file.exists():
-            continue
-        config = section(read_json(file), part, file) if part else read_json(file)
-        for field in ("do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_pad"):
-            value(config, field, file)
-        for field in ("resample", "image_mean", "image_std"):
-            value(config, field, file)
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        config = read_json(file) if file.exists() else {}
+        config = section(config, "image_processor", file)  # where transformers 5 has it
+        for name in PREPROCESSING.split():
+            value(config, name, file)
         size = config.get("size")
         if size not in (None, side, {"height": side, "width": side}):
             raise BadInput(f"{file}: size {f'{size!r}':.60} is not the encoder's, {side} x {side}")

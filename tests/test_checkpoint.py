@@ -6,7 +6,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ import model
 from qwen import Qwen, QwenConfig
 from support.checkpoint import find, tensor_names, weight_files, write_folder
 from support.errors import BadInput
+from training import models, recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -304,6 +307,133 @@ def test_index_pointing_outside_its_folder(form, folder):
 def test_odd_values_in_the_config(change, folder):
     change_config(folder, **change)
     refused(model.load_lm, folder, folder)
+
+
+# Fields of a plain language model's config.json, as they stand in the file.
+ODD_FIELDS = """
+hidden_size 1000000000000|hidden_size -5|hidden_size true|hidden_size "false"|hidden_size 1.5|hidden_size []
+hidden_size 9|num_hidden_layers 100000000|num_hidden_layers 2.0|num_attention_heads 1e400|vocab_size {}
+intermediate_size 99999999999999999999|num_key_value_heads 3|rope_theta 0|rope_theta Infinity|rope_theta NaN
+rope_theta "1e6"|rope_theta -1e6|rms_norm_eps 0|rms_norm_eps 5|rms_norm_eps true|max_position_embeddings 0
+tie_word_embeddings 1|tie_word_embeddings "yes"|use_sliding_window "false"|head_dim 99|head_dim "8"
+layer_types ["sliding_attention"]|hidden_act ["silu"]|model_type {"a": 1}|rope_scaling {"type": [1]}
+"""
+
+
+@pytest.mark.parametrize("line", ODD_FIELDS.strip().replace("\n", "|").split("|"))
+def test_config_values_of_odd_type_or_range_name_field_and_value(line, folder):
+    """Before anything of that size is made."""
+    name, text = line.split(" ", 1)
+    file = folder / "config.json"
+    content = json.loads(file.read_text()) | {name: "HERE"}
+    file.write_text(json.dumps(content).replace('"HERE"', text))
+    begun = time.perf_counter()
+    refused(model.load_lm, folder, file, {"num_key_value_heads": "key heads"}.get(name, ""))
+    assert time.perf_counter() - begun < 1
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('{"a": ' + "[" * 100_000, "not valid JSON (maximum recursion depth"),
+        ('{"hidden_size": ' + "9" * 5000 + "}", "not valid JSON (Exceeds the limit"),
+        ('{"model_type": "qwen2", "hidden_size": 32, "hidden_size": 64}', "'hidden_size' is there twice"),
+    ],
+    ids=["deep", "long", "twice"],
+)
+def test_json_that_python_would_choke_on_or_take(text, why, folder):
+    (folder / "config.json").write_text(text)
+    refused(model.load_lm, folder, folder / "config.json", why)
+
+
+ODD_VISION = """
+vision_feature_layer -2.0|vision_feature_layer true|vision_feature_layer "last"|image_token_index "abc"
+image_token_index [5]|image_token_index 1e3|image_aspect_ratio "anyres"|image_aspect_ratio "pad"
+post_connector_use "yes"|post_connector_gelu 1|connector_hidden_size "64"|connector_hidden_size -1
+connector_type null!|vision_config {"model_type": "siglip_vision_model", "patch_size": 0}
+vision_config {"model_type": "siglip_vision_model", "image_size": 10, "patch_size": 20}
+vision_config {"model_type": "siglip_vision_model", "num_channels": 1}
+vision_config {"model_type": "siglip_vision_model", "layer_norm_eps": -1e-6}
+vision_config {"model_type": "siglip_vision_model", "hidden_size": 64, "num_attention_heads": 5}
+"""
+
+
+@pytest.mark.parametrize("line", ODD_VISION.strip().replace("\n", "|").split("|"))
+def test_values_of_a_multimodal_config(line, vlm_folder):
+    name, text = line.replace("null!", '"linear"').split(" ", 1)
+    change_config(vlm_folder, **{name: json.loads(text)})
+    refused(model.load, vlm_folder, vlm_folder / "config.json", "" if name == "vision_config" else name)
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_mean": [0.48, 0.46, 0.41]},
+        {"image_std": 0.25},
+        {"do_center_crop": True},
+        {"do_normalize": False},
+        {"resample": 2},
+        {"size": {"shortest_edge": 24}},
+        {"size": 999},
+        {"rescale_factor": 1 / 127.5},
+    ],
+    ids=json.dumps,
+)
+def test_pictures_that_are_prepared_otherwise_are_refused(name, change, vlm_folder):
+    side = json.loads((vlm_folder / "config.json").read_text())["vision_config"]["image_size"]
+    right = {"image_mean": [0.5] * 3, "resample": 3, "size": {"height": side, "width": side}, "do_pad": False}
+    for content, sound in ((right, True), (right | change, False)):
+        content = content if name.startswith("pre") else {"image_processor": content}
+        (vlm_folder / name).write_text(json.dumps(content))
+        if sound:
+            model.load(vlm_folder)
+        else:
+            refused(model.load, vlm_folder, vlm_folder / name, *change)
+
+
+def test_tinyllavas_own_checkpoints_are_read(vlm_folder):
+    """Its model_type, and none of CompoDistill's fields."""
+    before = model.load(vlm_folder)
+    config = json.loads((vlm_folder / "config.json").read_text())
+    own = {name: x for name, x in config.items() if not name.startswith("post_connector")}
+    del own["connector_hidden_size"]
+    own |= {"model_type": "tinyllava", "architectures": ["TinyLlavaForConditionalGeneration"]}
+    (vlm_folder / "config.json").write_text(json.dumps(own))
+    if config["post_connector_use"]:
+        tensors = load_file(vlm_folder / "model.safetensors")
+        refused(model.load, vlm_folder, "connector")
+        assert any("post_connector" in name for name in tensors)
+    else:
+        assert model.load(vlm_folder).config == before.config
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(folder):
+    """And a tensor that stands in two shards is refused."""
+    before, whole = load_file(folder / "model.safetensors"), (folder / "model.safetensors").read_bytes()
+    first, second = shard(folder)
+    old = {name: tensor + 1 for name, tensor in load_file(first).items()}
+    save_file(old, first)
+    (folder / "model.safetensors").write_bytes(whole)
+    for name, tensor in model.load_lm(folder).state_dict().items():
+        assert torch.equal(tensor, before[name])
+    (folder / "model.safetensors").unlink()
+    name = next(iter(old))
+    save_file(load_file(second) | {name: old[name]}, second)
+    refused(model.load_lm, folder, second, name, "there twice")
+
+
+def test_a_tokenizer_with_more_words_than_the_model(tmp_path):
+    """Also a plain language model's, of which stage 1 makes a student."""
+    shutil.copytree(ROOT / "tiny/student", tmp_path / "lm")
+    file = tmp_path / "lm/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "id": 999, "content": "<box>"})
+    file.write_text(json.dumps(content))
+    refused(partial(data.load_tokenizer, vocab_size=478), tmp_path / "lm", file, "'<box>' has id 478")
+    argv = ["--stage", "1", "--student", str(tmp_path / "lm"), "--out", str(tmp_path / "out")]
+    c = recipes.configure("1", recipes.parse_args("", argv), ranks=1)
+    refused(lambda c: models.load_models(c, "cpu"), c, file, "478 words")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 import data
@@ -369,7 +369,7 @@ def test_preprocess_keeps_the_colour_of_any_mode(mode, colour, expected, size):
 
 def picture_of(rows, mode):
     """Rows of pixels, numbers or tuples -> a picture of that mode."""
-    kind = {"I;16": np.uint16, "I": np.int32}.get(mode, np.uint8)
+    kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode, np.uint8)
     pixels = np.array(rows, dtype=kind)
     return Image.frombytes(mode, (pixels.shape[1], pixels.shape[0]), pixels.tobytes())
 
@@ -377,6 +377,7 @@ def picture_of(rows, mode):
 PALETTE = picture_of([[0, 1], [2, 1]], "P")
 PALETTE.putpalette([0, 0, 0, 200, 100, 50, 1, 2, 3])
 WHITE, BROWN = (255, 255, 255), (200, 100, 50)
+TIFF = {"format": "TIFF"}
 KINDS = {  # picture, how it is saved, pixels asked for, row by row
     "grey": (picture_of([[0, 77], [200, 255]], "L"), {}, [(v,) * 3 for v in (0, 77, 200, 255)]),
     "palette": (PALETTE, {}, [(0, 0, 0), BROWN, (1, 2, 3), BROWN]),
@@ -415,6 +416,12 @@ KINDS = {  # picture, how it is saved, pixels asked for, row by row
     "32-bit grey": (
         picture_of([[0, 0x1234, 0xFFFF]], "I"), {"format": "TIFF"}, [(v,) * 3 for v in (0, 0x12, 255)],
     ),
+    # by the first of the ranges 0..1, 0..255 and 0..65535 that holds all values
+    "32-bit grey to 255": (picture_of([[0, 51, 200]], "I"), TIFF, [(v,) * 3 for v in (0, 51, 200)]),
+    "floats to 1": (picture_of([[0, 0.2, 1]], "F"), TIFF, [(v,) * 3 for v in (0, 51, 255)]),
+    "floats to 255": (picture_of([[0, 1.4, 254.6]], "F"), TIFF, [(v,) * 3 for v in (0, 1, 255)]),
+    "floats to 65535": (picture_of([[0, 2570, 65535]], "F"), TIFF, [(v,) * 3 for v in (0, 10, 255)]),
+    "dark 16-bit png": (picture_of([[0, 1, 255]], "I;16"), {}, [(v,) * 3 for v in (0, 0, 1)]),
     "bits": (picture_of([[0, 255]], "L").convert("1"), {}, [(0, 0, 0), WHITE]),
 }  # fmt: skip
 
@@ -453,6 +460,53 @@ def test_pictures_are_turned_upright(tmp_path, orientation, format):
     with Image.open(tmp_path / "a") as image:
         assert image.getexif()[0x0112] == orientation
         np.testing.assert_allclose(np.asarray(open_picture(image)).astype(int), upright, atol=4)
+
+
+@pytest.mark.parametrize("value", [-1, 65536, float("nan"), float("inf")])
+def test_grey_of_no_known_range_is_refused(tmp_path, value):
+    Image.fromarray(np.array([[0, value]], dtype=np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(BadInput, match="a.tif .*its grey is .*not within 0 to 65535"):
+        open_picture(tmp_path / "a.tif")
+
+
+ODD_EXIF = {
+    "a negative number": b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # orientation 6
+    b"\xa0\x02\0\x09\0\0\0\x01\xff\xff\xff\xff\0\0\0\0",
+    "cut": b"MM\0*\0\0\0\x08\0\x02\x01\x12\0\x03\0\0\0\x01\0\x06\0\0",
+}
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("name", ODD_EXIF)
+def test_other_tags_do_not_cost_the_picture(tmp_path, name, format):
+    noise(16, 8).save(tmp_path / "a", format, exif=b"Exif\0\0" + ODD_EXIF[name])
+    assert open_picture(tmp_path / "a").size == (8, 16)  # upright
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Truncated File Read", "ignore:Corrupt EXIF data", "ignore:Possibly corrupt"
+)
+@pytest.mark.parametrize("exif", [b"", b"nonsense", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0"])
+def test_an_exif_that_cannot_be_read_has_no_orientation(tmp_path, exif):
+    noise(16, 8).save(tmp_path / "a.jpg", exif=exif)
+    assert open_picture(tmp_path / "a.jpg").size == (16, 8)
+
+
+def test_metadata_of_any_size_does_not_cost_the_picture(tmp_path):
+    """Compressed texts of 5 MB, of several keywords, a profile; in a JPEG many segments of comments."""
+    picture, texts = noise(6, 5), PngImagePlugin.PngInfo()
+    for keyword in ("Description", "XML:com.adobe.xmp", "Raw profile type exif"):
+        texts.add_itxt(keyword, "x" * 5_000_000, zip=True)
+    picture.save(tmp_path / "a.png", pnginfo=texts, icc_profile=b"profile " * 400_000)
+    np.testing.assert_array_equal(open_picture(tmp_path / "a.png"), picture)
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:-30])
+    with pytest.raises(BadInput, match="cut.png cannot be read"):  # still no picture
+        open_picture(tmp_path / "cut.png")
+    picture.save(tmp_path / "a.jpg", quality=100, subsampling=0, icc_profile=bytes(2_000_000))
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[:2] + (b"\xff\xfe\xff\xff" + bytes(65_533)) * 40 + content[2:])
+    np.testing.assert_allclose(np.asarray(open_picture(tmp_path / "a.jpg")).astype(int), picture, atol=40)
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP"])
@@ -539,7 +593,7 @@ def test_pictures_are_refused_at_pillows_second_limit_not_at_its_first(tmp_path,
 
 def test_formats_that_run_other_programs_are_refused(tmp_path):
     noise(8, 8).save(tmp_path / "a.png", "EPS")  # Pillow would start Ghostscript
-    with pytest.raises(BadInput, match="a.png cannot be read as a picture .*identify"):
+    with pytest.raises(BadInput, match="a.png cannot be read as a picture .*it is none of JPEG, PNG"):
         open_picture(tmp_path / "a.png")
 
 

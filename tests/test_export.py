@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,25 @@ def test_the_processor_makes_our_pixels_and_our_ids(drop, tmp_path):
         picture = pictures()[0] if data.IMAGE_MARK in given[0] else None
         ids = processor(images=picture, text=prompt, return_tensors="pt")["input_ids"][0].tolist()
         assert [IMAGE_TOKEN if id == WORD else id for id in ids] == expected
+
+
+def test_the_chat_template_takes_texts_and_a_system(tmp_path):
+    """Contents as texts or as parts, as clients send them; a system's words stand in SYSTEM's place."""
+    transformers = pytest.importorskip("transformers")
+    exported(tiny(tiny_tokenizer()), tmp_path / "hf")
+    written = partial(
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "hf").apply_chat_template, tokenize=False
+    )
+    turns = [("user", "Is it <b>red</b>?"), ("assistant", " no"), ("user", "Why? ")]
+    plain = [{"role": role, "content": text} for role, text in turns]
+    parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    said = "USER: Is it <b>red</b>? ASSISTANT: no<|endoftext|>USER: Why? "
+    assert written(plain) == written(parts) == written([*plain[:1], *parts[1:]]) == data.SYSTEM + said
+    for content in ("Be brief. ", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]):
+        assert written([{"role": "system", "content": content}, *plain]) == "Be brief. " + said
+    for strange in ([*plain, {"role": "system", "content": "x"}], [{"role": "tool", "content": "x"}]):
+        with pytest.raises(Exception, match="turns are user and assistant"):
+            written(strange)
 
 
 def test_transformers_answers_as_we_do(tmp_path):
