@@ -95,6 +95,7 @@ def tolerant_streams(goes_on: bool) -> Iterator[None]:
         yield
     finally:
         for stream in streams:
+            stream.goes_on = True  # no reader is missed any more, and an error on its way is not to be lost
             stream.flush()
         sys.stdout, sys.stderr = before
     lost = streams[0].lost
