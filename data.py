@@ -293,6 +293,10 @@ def to_device(batch: dict, device: torch.device | str) -> dict:
 # ---------------------------------------------------------------- LLaVA files
 
 
+class NothingToLearn(BadInput):
+    """A record of which no token is supervised."""
+
+
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA files, records {"id", "image" or none, "conversations"} -> samples for collate.
 
@@ -301,10 +305,10 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     A record that cannot be used (turns, picture, <image> without a picture or the other way round) is
     BadInput with its file, id and reason. With skip_bad the next good one stands in for it: the same for
-    every order, rank and worker. So it does in any case for a record from which nothing can be learned: no
-    supervised token is left or, with only_pictures (an adapter alone is trained), it has no picture.
-    "replaced" of a sample lists what was passed over, in sentences; "cut" and "mended" say whether it was
-    longer than max_length, and whether as_llava_reads changed it.
+    every order, rank and worker. So it does in any case for a record without a supervised token, from which
+    nothing can be learned; with only_pictures (an adapter alone is trained) records without a picture are
+    left out. "replaced" of a sample lists what was passed over, in sentences; "cut" and "mended" say whether
+    it was longer than max_length, and whether as_llava_reads changed it.
     """
 
     def __init__(
@@ -324,11 +328,11 @@ class LlavaDataset(torch.utils.data.Dataset):
         if len(images) not in (1, len(files)):
             raise BadInput(f"{len(images)} --images, {len(files)} --data: give one for all, or one for each")
         images = images * len(files) if len(images) == 1 else images
-        self.images = dict(zip(map(Path, files), map(Path, images)))
+        self.images = [*map(Path, images)]
         self.tokenizer, self.template = tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
-        self.max_length, self.skip_bad, self.only_pictures = max_length, skip_bad, only_pictures
-        if missing := [folder for folder in self.images.values() if not folder.is_dir()]:
+        self.max_length, self.skip_bad = max_length, skip_bad
+        if missing := [folder for folder in self.images if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
         ids, _ = encode(picture, tokenizer, num_image_tokens, template)
@@ -339,42 +343,42 @@ class LlavaDataset(torch.utils.data.Dataset):
                 f"{least} is the least, and useful are many more"
             )
         self.records = Records(files)
+        self.places = np.arange(len(self.records))  # of the records that are used
+        if only_pictures:
+            self.places = np.flatnonzero(self.records.has_image)
+            if not len(self.places):
+                raise BadInput(
+                    f"{files[0]}: no record has a picture, and an adapter alone is trained; give others"
+                )
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.places)
 
     @property
     def lengths(self) -> np.ndarray:
         """(len,) int: about how many tokens each sample has, to group like with like."""
         tokens = self.records.characters // 4 + self.num_image_tokens * self.records.has_image
-        return tokens if self.max_length is None else np.minimum(tokens, self.max_length)
+        tokens = tokens if self.max_length is None else np.minimum(tokens, self.max_length)
+        return tokens[self.places]
 
     def __getitem__(self, index: int) -> dict:
         index, replaced = range(len(self))[index], []
         for place in range(index, index + min(len(self), MOST_REPLACED)):
-            place %= len(self)
+            place = int(self.places[place % len(self)])
             record = self.records[place]  # a file that changed is no bad record: it stops the run
-            name, file = record.get("id", place), self.records.file_of(place)
+            name, number = record.get("id", place), self.records.number_of_file(place)
+            file, images = self.records.files[number], self.images[number]
             try:
-                sample = self.sample(record, self.images[file])
-                if "pixel_values" in sample or not self.only_pictures and learnable(sample["labels"]):
-                    return {"id": name, **sample, "replaced": replaced}
-                reason, stops = f"nothing of an answer is within {self.max_length} tokens", False
-                if learnable(sample["labels"]):
-                    reason = "it has no picture, and the adapter alone is trained"
+                return {"id": name, **self.sample(record, images), "replaced": replaced}
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
-                reason, stops = error, not self.skip_bad
-            reason = f"{file}, record {name!r}: {reason}"
-            if stops:
-                raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
-            replaced.append(one_line(reason))
+                reason = f"{file}, record {name!r}: {error}"
+                if not self.skip_bad and not isinstance(error, NothingToLearn):
+                    raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
+                replaced.append(one_line(reason))
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 
     def sample(self, record: dict, images: Path) -> dict:
-        """One record -> {"input_ids", "labels", "pixel_values", "cut", "mended"}.
-
-        No "pixel_values" where the picture is cut off, or no token of an answer is left.
-        """
+        """One record -> {"input_ids", "labels", "pixel_values" unless it is cut off, "cut", "mended"}."""
         turns, image = as_llava_reads(record.get("conversations")), record.get("image")
         if isinstance(image, list) and len(image) == 1:  # as LLaVA-OneVision's files have it
             image = image[0]
@@ -386,20 +390,17 @@ class LlavaDataset(torch.utils.data.Dataset):
         cut_off = self.max_length is not None and len(ids) > self.max_length
         if cut_off:
             ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
+        if all(label == IGNORE for label in labels):
+            raise NothingToLearn(f"nothing of an answer is within {self.max_length} tokens")
         mended = turns is not record["conversations"]
         sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": mended}
-        if IMAGE_TOKEN in ids and learnable(labels):
+        if IMAGE_TOKEN in ids:
             sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
         return sample
 
     def batch(self, indices: list[int]) -> dict:
         """The batch of these samples."""
         return collate([self[index] for index in indices])
-
-
-def learnable(labels: list[int]) -> bool:
-    """Whether any token is supervised."""
-    return any(label != IGNORE for label in labels)
 
 
 def as_llava_reads(turns: list[dict]) -> list[dict]:

@@ -19,9 +19,10 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
 
 from evals import analyses, answers, chat
-from evals.pictures import attention_picture, check_picture
+from evals.pictures import MADE, attention_picture
 from evals.scorers import load
 from support.errors import one_line
+from support.files import check_output
 from support.program import one_sentence, parse
 from support.ranks import ranks_of_torchrun
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
             with ranks_of_torchrun("gloo", timeout=timedelta(days=7)):  # ranks wait at barriers
                 answers.bench(args)
         elif args.command == "attention":
-            check_picture(args.save, args.image)
+            check_output(args.save, MADE, [args.image])
             models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)
             print(one_line(args.save))

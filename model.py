@@ -120,10 +120,11 @@ class VLM(nn.Module):
 
     def check_length(self, tokens: int, what: str) -> None:
         """BadInput where the model cannot hold so many tokens and one more."""
-        if tokens >= self.config.text.max_position_embeddings:
+        most = self.config.text.max_position_embeddings
+        if tokens >= most:
             raise BadInput(
-                f"{what} has {tokens} tokens with what stands before it, and {self.name} holds "
-                f"{self.config.text.max_position_embeddings} (max_position_embeddings); ask less"
+                f"{what} has {tokens} tokens with what stands before it, and {self.name} holds {most} "
+                "(max_position_embeddings); ask less or begin anew"
             )
 
     def _question_ids(self, question: str, picture: bool, first: bool) -> list[int]:

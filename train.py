@@ -156,6 +156,8 @@ def train(c: Config) -> Path:
     print0(f"trained: {num_trained:,} parameters ({c.tune if c.stage not in ('0a', '1') else 'adapter'})")
     print0(f"global batch: {ranks} ranks x {c.batch_size} x {c.accumulation} = {c.global_batch}")
     print0(f"steps: {steps}, of which {start} are done; {len(dataset):,} samples")
+    if len(dataset) < len(dataset.records):
+        print0(f"{len(dataset.records) - len(dataset):,} records without a picture are left out")
     if dataset.max_length < c.max_length:
         print0(f"samples are cut at {dataset.max_length} tokens, all that these models hold")
 

@@ -34,7 +34,7 @@ from evals.scorers import (
 from model import DTYPES
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line
-from support.files import check_output, lock_file, open_file, read_json, write_atomically
+from support.files import check_output, lock_file, open_file, write_atomically
 from support.program import number
 from support.ranks import agree, barrier, rank_and_ranks
 
@@ -105,12 +105,6 @@ def lock_answers(handle: IO, how: int) -> None:
     lock_file(handle, how, f"{handle.name} is being written by another process; wait until it ends")
 
 
-def is_answers(file: Path) -> bool:
-    """Whether a file begins as our answers do, even where its first line was cut."""
-    with open_file(file) as handle:
-        return b'{"question_id": '.startswith(handle.read(16))
-
-
 def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[str, dict]:
     """{question_id: line} of the file and of other ranks' parts; those of another run are refused."""
     answers = {}
@@ -165,7 +159,7 @@ def answer_file(
     run = {"benchmark": args.name, "scorer": args.scorer.removesuffix("-per-token")}
     run |= {"model": fingerprint(folder), "precision": args.precision}
     agree(run | {"batch size": args.batch_size, "questions": len(chosen)})
-    check_output(file, is_answers)
+    check_output(file, b'{"question_id": ')
     answers = answers_so_far(file, run, everything)
     write_answers(file, answers, everything)  # in place of a cut line and of other ranks' parts
     todo = [question for key, question in chosen.items() if key not in answers]
@@ -222,16 +216,7 @@ def summary_file(args: argparse.Namespace, file: Path) -> Path:
     """Where the summary goes; refused before any work where it cannot."""
     kind = ".per-token" * (args.scorer == "likelihood-per-token") + ".as-released" * args.as_released
     out = args.out or file.with_suffix(f"{kind}.scores.json")
-
-    def is_summary(file: Path) -> bool:
-        try:
-            return {"benchmark", "headline"} <= read_json(file).keys()
-        except BadInput:
-            return False
-
-    check_output(out, is_summary, [file, args.annotations])
-    if out.resolve() == file.resolve():
-        raise BadInput(f"{out} holds the answers; choose another --out")
+    check_output(out, b'{\n "answers": ', [file, args.annotations])
     return out
 
 

@@ -52,19 +52,14 @@ class Conversation:
         """
         vlm, first = self.vlm, not self.ids
         ids = self.ids + vlm.question_ids(question, first and self.picture is not None, first)
-        start, longest = len(ids), vlm.config.text.max_position_embeddings
-        if start >= longest:
-            raise BadInput(
-                f"the conversation has {start} tokens and this model holds {longest}, which leaves none "
-                "for an answer; begin another with /new, or ask less"
-            )
+        start = len(ids)
+        vlm.check_length(start, "the conversation")
         self.cache, read = beginning(self.cache, len(self.ids))
         unread, pixels = ids[read:], None
         if data.IMAGE_TOKEN in unread:
             pixels = data.preprocess(self.picture, vlm.config.vision.image_size)[None].to(vlm.device)
         unread = torch.tensor([unread], device=vlm.device)
-        room = min(max_new_tokens, longest - start)
-        for token in vlm.stream(unread, pixels, max_new_tokens=room, cache=self.cache):
+        for token in vlm.stream(unread, pixels, max_new_tokens=max_new_tokens, cache=self.cache):
             if self.ids is not ids:  # the model has read the question: from here on it counts
                 self.ids, self.start, shown = ids, start, ""
             if token.item() in vlm.stop_ids:

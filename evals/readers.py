@@ -6,8 +6,8 @@ Inside: one reader and prompt per benchmark. Left out on purpose: evaluation ser
 instance level (masks), Reefknot's open questions (they need a judge).
 """
 
-import codecs
-import io
+import os
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from data import inside
 from support.errors import BadInput
-from support.files import field, open_file, parse_json, read_json, read_text, texts, write_atomically
+from support.files import field, parse_json, read_bytes, read_json, read_text, texts
 
 LETTERS = "ABCDEF"
 YES_NO = ("yes", "no")
@@ -68,39 +68,23 @@ def load_lines(file: Path, may_be_cut: bool = False) -> Iterator[tuple[str, dict
 
     may_be_cut: a last line without its end, which a killed run leaves, is dropped.
     """
-    try:
-        with open_file(file) as handle:
-            content = handle.read().removeprefix(codecs.BOM_UTF8)
-    except OSError as error:
-        raise BadInput(f"{file} is missing or cannot be read ({error.strerror})") from None
-    if content.lstrip().startswith(b"["):
-        records = _parsed(content, f"{file}, line 1: the list that begins there")
-        numbered = ((f"{file}, record {number}", record) for number, record in enumerate(records))
-    else:
-        numbered = _parsed_lines(file, content, may_be_cut)
-    for where, record in numbered:
-        if not isinstance(record, dict):
-            raise BadInput(f"{where} is no JSON object")
-        yield where, record
-
-
-def _parsed_lines(file: Path, content: bytes, may_be_cut: bool) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(io.BytesIO(content), 1):
+    content = read_bytes(file)
+    is_list = content.lstrip().startswith(b"[")
+    for number, line in enumerate([content] if is_list else content.splitlines(keepends=True), 1):
         where = f"{file}, line {number}"
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                yield where, _parsed(line, where)
+            parsed = parse_json(line, where)
         except BadInput:
-            if may_be_cut and not line.endswith(b"\n"):
+            if may_be_cut and not is_list and not line.endswith(b"\n"):
                 return
             raise
-
-
-def _parsed(content: bytes, where: str) -> Any:
-    try:
-        return parse_json(content.decode("utf-8"), "it")
-    except (BadInput, UnicodeDecodeError) as error:
-        raise BadInput(f"{where} is damaged or cut short: {error}") from None
+        for i, record in enumerate(parsed if is_list else [parsed]):
+            where = f"{file}, record {i}" if is_list else where
+            if not isinstance(record, dict):
+                raise BadInput(f"{where} is no JSON object")
+            yield where, record
 
 
 # What others call the fields of an answer: LLaVA's scripts for GQA and VQAv2, VizWiz's server, Reefknot.
@@ -284,7 +268,9 @@ def unpack(content: bytes, file: Path) -> None:
     """A picture into a file that appears whole or not at all."""
     if file.exists() and file.stat().st_size == len(content):
         return
-    write_atomically(file, content)
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")
+    temporary.write_bytes(content)
+    os.replace(temporary, file)
 
 
 # ---------------------------------------------------------------- readers: (annotations, images) -> items

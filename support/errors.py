@@ -1,7 +1,6 @@
 """What a user is told: one sentence, on one line, for all that a user or the machine has to mend."""
 
-import torch
-from torch import distributed as dist
+import re
 
 
 def one_line(text: object) -> str:
@@ -18,7 +17,7 @@ def one_line(text: object) -> str:
 
 def is_utf8(text: str) -> bool:
     """False where it has lone surrogates, as JSON and terminals can give them: no tokenizer takes these."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+    return not re.search("[\ud800-\udfff]", text)
 
 
 class BadInput(ValueError):
@@ -28,31 +27,29 @@ class BadInput(ValueError):
         super().__init__(one_line(sentence))
 
 
-MEMORY, GPU_MEMORY = "the memory of this machine is used up", "the memory of the GPU is used up"
 RANKS = "the connection to the other ranks is lost"
-# Errors of the machine: (type, what its text has, what is said). Other RuntimeErrors are ours, or of a change
-# that somebody is trying out, and keep their traceback.
-MACHINE = (
-    (MemoryError, "", MEMORY),
-    (RuntimeError, "DefaultCPUAllocator", MEMORY),
-    (RuntimeError, "t allocate memory", MEMORY),
-    (torch.OutOfMemoryError, "", GPU_MEMORY),
-    (RuntimeError, "CUDA error: out of memory", GPU_MEMORY),
-    (RuntimeError, "CUBLAS_STATUS_ALLOC_FAILED", GPU_MEMORY),
-    (RuntimeError, "</torch_", "the shared memory in which --workers hand over batches is used up"),
-    (RuntimeError, "DataLoader timed out", "no batch came from --workers, perhaps for want of shared memory"),
-    (RuntimeError, "DataLoader worker", "one of --workers was killed, perhaps for want of memory"),
-    (dist.DistError, "", RANKS),
-    (RuntimeError, "/gloo/", RANKS),
-    (RuntimeError, "NCCL", RANKS),
-)
+# Errors of the machine: what is said, and what their type and text have.
+MACHINE = {
+    "--compile does not work here; leave it out": r"^torch\._(dynamo|inductor)(?!.*TorchRuntimeError)",
+    "the memory of the GPU is used up": "OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC",
+    "the memory of this machine is used up": "MemoryError|DefaultCPUAllocator|t allocate memory",
+    "the shared memory in which --workers hand over batches is used up": "</torch_",
+    "no batch came from --workers, for want of shared memory or a faster disk": "DataLoader timed out",
+    "one of --workers was killed, perhaps for want of memory": "DataLoader worker",
+    RANKS: "^torch.distributed|/gloo/|NCCL",
+}
 
 
-def of_machine(error: BaseException) -> str | None:
-    """What an error of the machine says, in words of ours and its own; None for all other errors."""
+def told(error: BaseException) -> str | None:
+    """The sentence for an error that the user or the machine has to mend.
+
+    None for all others: they are ours, or of a change that somebody is trying out, and keep their traceback.
+    """
+    if isinstance(error, (BadInput, OSError)):
+        return one_line(error)
+    if not isinstance(error, (RuntimeError, MemoryError)):
+        return None
     text = str(error).strip()
-    found = [said for kind, part, said in MACHINE if isinstance(error, kind) and part in text]
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        found = ["--compile does not work here; leave it out"]
-    reason = one_line((text.splitlines() or [""])[0])
-    return f"{found[0]}{f' ({reason:.200})' * bool(reason)}" if found else None
+    whole, reason = f"{type(error).__module__}.{type(error).__name__}: {text}", one_line(text.split("\n")[0])
+    said = next((said for said, part in MACHINE.items() if re.search(part, whole)), None)
+    return said and f"{said}{f' ({reason:.200})' * bool(reason)}"

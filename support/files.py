@@ -11,8 +11,8 @@ import stat
 import tempfile
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,18 +40,24 @@ def digest(file: IO[bytes]) -> str:
     return state.hexdigest()
 
 
-def read_text(file: Path, remedy: str = "") -> str:
-    """A text file, UTF-8 with or without a byte order mark. BadInput, which ends in `remedy`: it is none."""
+def read_bytes(file: Path, remedy: str = "") -> bytes:
+    """What is in a file, without a byte order mark. BadInput, which ends in `remedy`: it cannot be read."""
     try:
         with open_file(file) as handle:
-            return handle.read().removeprefix(codecs.BOM_UTF8).decode("utf-8")
+            return handle.read().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise BadInput(f"{file} is missing or cannot be read ({error.strerror}){remedy}") from None
+
+
+def read_text(file: Path, remedy: str = "") -> str:
+    """A text file, UTF-8. BadInput, which ends in `remedy`: it is none."""
+    try:
+        return read_bytes(file, remedy).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}){remedy}") from None
 
 
-def parse_json(text: str, where: object, remedy: str = "") -> Any:
+def parse_json(text: str | bytes, where: object, remedy: str = "") -> Any:
     """JSON; two equal keys in an object are an error, of which Python would silently keep the last."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict:
@@ -102,30 +108,30 @@ def temporary_beside(path: Path, folder: bool) -> Iterator[Path]:
     It is locked while its process lives. What the dead have left for the same path is removed before, and
     this one at the end unless it was renamed.
     """
-    with ExitStack() as stack:
-        with locked(path.parent):  # nobody else looks between making it and locking it
-            for old in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
-                with locked(old, wait=False) as dead:
-                    if dead:
-                        remove(old)
-            temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.writing")
-            temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-            stack.callback(remove, temporary)
-            stack.enter_context(locked(temporary))
-        yield temporary
+    for old in path.parent.glob(f".{glob.escape(path.name)}.*.writing"):
+        with suppress(OSError), locked(old):  # another has it; or a file system without locks
+            remove(old)
+    new = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")  # nobody looks for it until it is locked
+    new.mkdir() if folder else new.touch(exist_ok=False)
+    temporary = new.with_suffix(".writing")
+    try:
+        with ExitStack() as stack:
+            with suppress(OSError):
+                stack.enter_context(locked(new))
+            new.rename(temporary)
+            yield temporary
+    finally:
+        remove(new)
+        remove(temporary)
 
 
 @contextmanager
-def locked(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Whether this process has a file or folder for itself, until the end; a dead process has none."""
+def locked(path: Path) -> Iterator[None]:
+    """Have a file or folder for this process alone, until it ends. OSError: that cannot be."""
     number = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            mine = True
-        except OSError:  # another has it; or a file system without locks, on which nothing is removed
-            mine = False
-        yield mine
+        fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(number)
 
@@ -177,21 +183,24 @@ def check_writable(folder: Path) -> None:
         raise BadInput(f"{folder} cannot be written ({error.strerror}); choose another folder") from None
 
 
-def check_output(file: Path, is_ours: Callable[[Path], bool], inputs: Iterable[Path | None] = ()) -> None:
+def check_output(file: Path, mark: bytes, inputs: Iterable[Path | None] = ()) -> None:
     """One sentence, before any work, where `file` must not be replaced.
 
-    It may not be read by the same command, nor a folder or a device, nor a file with something in it that is
-    not of this program's making, as is_ours says.
+    It may not be read by the same command, nor be a folder or a device, nor have something in it that is not
+    of this program's making, which has `mark` near its beginning (or was cut within it).
     """
     check_writable(file.parent)
-    if not file.exists():
-        return
-    if any(path and path.exists() and file.samefile(path) for path in inputs):
+    inputs = [path for path in inputs if path]
+    linked = [path for path in inputs if path.exists() and file.exists() and path.samefile(file)]
+    if linked or file.resolve() in [path.resolve() for path in inputs]:
         raise BadInput(f"{file} is read by this command, which would write over it; choose another name")
-    if not file.is_file():
+    if file.exists() and not file.is_file():
         raise BadInput(f"{file} is a folder or a device, not a file; choose another name")
-    if file.stat().st_size and not is_ours(file):
-        raise BadInput(f"{file} was not written by this program; choose another name")
+    if file.exists():
+        with open_file(file) as handle:
+            head = handle.read(200)
+        if mark not in head and not mark.startswith(head):
+            raise BadInput(f"{file} was not written by this program; choose another name")
 
 
 def lock_file(file: IO, how: int, taken: str) -> None:

@@ -226,7 +226,7 @@ def read_config(folder: Path) -> VLMConfig:
     if value(config, "tie_word_embeddings", file):  # transformers 5 says it on top only
         own_head = any(name.endswith("lm_head.weight") for name in tensor_names(folder))
         text = replace(text, tie_word_embeddings=text.tie_word_embeddings or not own_head)
-    for name in ("connector_type", "projector_hidden_act", "multimodal_projector_bias", "image_aspect_ratio"):
+    for name in config.keys() & ONLY.keys():
         value(config, name, file)
     layer, depth = value(config, "vision_feature_layer", file, -2), vision.num_hidden_layers
     if not -depth - 1 <= layer <= depth:
@@ -249,16 +249,12 @@ def read_config(folder: Path) -> VLMConfig:
     )
 
 
-PREPROCESSING = "do_resize do_rescale do_normalize do_center_crop do_pad resample rescale_factor image_mean"
-PREPROCESSING += " image_std"
-
-
 def check_preprocessing(folder: Path, side: int) -> None:
     """BadInput where the folder says that its pictures are prepared otherwise than by data.preprocess."""
     for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         config = read_json(file) if file.exists() else {}
         config = section(config, "image_processor", file)  # where transformers 5 has it
-        for name in PREPROCESSING.split():
+        for name in config.keys() & ONLY.keys():
             value(config, name, file)
         size = config.get("size")
         if size not in (None, side, {"height": side, "width": side}):

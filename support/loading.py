@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from support.errors import BadInput, of_machine, one_line
+from support.errors import BadInput, told
 
-WAIT = 300  # seconds for one batch; then shared memory or the disk is at fault
+WAIT = 600  # seconds for one batch; then shared memory or the disk is at fault
 AHEAD = 4  # batches that each worker prepares ahead
 
 
@@ -23,7 +23,6 @@ def batches_made(make: Callable[[Any], Any], keys: Iterable, workers: int, pin: 
         Making(make),
         batch_size=None,
         sampler=keys,
-        collate_fn=unchanged,
         num_workers=workers,
         worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # shares memory
@@ -57,15 +56,10 @@ class Making(Dataset):
             return batch
         except BadInput as error:
             return error
-        except (OSError, RuntimeError, MemoryError) as error:
-            said = one_line(error) if isinstance(error, OSError) else of_machine(error)
-            if said is None:
+        except Exception as error:
+            if (said := told(error)) is None:
                 raise
             return BadInput(f"{said}; fewer --workers or a smaller --batch-size need less")
-
-
-def unchanged(batch: Any) -> Any:
-    return batch
 
 
 def ignore_signals(_: int) -> None:

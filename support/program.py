@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import IO
 
-from support.errors import BadInput, of_machine, one_line
+from support.errors import BadInput, one_line, told
 
 # ---------------------------------------------------------------- flags
 
@@ -35,10 +35,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     flag, say = "an argument", parser.error
     parser.error = lambda text: say(one_line(text))
     for word in argv:
-        if word.startswith("--"):
-            flag, equals, word = word.partition("=")
-            word = word if equals else flag
-        if not word.strip():
+        flag, given, value = word.partition("=") if word.startswith("--") else (flag, True, word)
+        if given and not value.strip():
             parser.error(f"{flag} is empty: give it a value, or leave it out")
     return parser.parse_args(argv)
 
@@ -84,9 +82,8 @@ def tolerant_streams(goes_on: bool) -> Iterator[None]:
     At the end one sentence, and status 1, where something printed was lost but for a reader who went away.
     """
     before = sys.stdout, sys.stderr
-    streams = [
-        Stream(open(os.devnull, "w") if stream is None else stream, goes_on) for stream in before
-    ]  # None: closed
+    goes = goes_on, True  # stderr has no reader whom we wait for
+    streams = [Stream(stream or open(os.devnull, "w"), x) for stream, x in zip(before, goes)]  # None: closed
     for stream in streams:
         if hasattr(stream.stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -126,14 +123,16 @@ def one_sentence(
             yield
     except KeyboardInterrupt:
         sys.exit(stopped)
-    except (BadInput, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
-    except (RuntimeError, MemoryError) as error:
-        if (said := of_machine(error)) is None:
+    except Exception as error:
+        if (said := told(error)) is None:
             raise
-        sys.exit(f"error: {said}; {less}{going_on()}")
+        if not isinstance(error, (BadInput, OSError)):
+            said += f"; {less}" * ("memory" in said.partition(" (")[0]) + going_on()
+        sys.exit(f"error: {said}")
     finally:
         signal.signal(signal.SIGTERM, before)
+        of_torch = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # raises where a worker is killed
         for process in multiprocessing.active_children():  # workers that prepare batches ignore SIGTERM
             process.kill()
             process.join()
+        signal.signal(signal.SIGCHLD, of_torch)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.errors import RANKS, BadInput, of_machine, one_line
+from support.errors import RANKS, BadInput, one_line, told
 
 
 @contextmanager
@@ -37,15 +37,15 @@ def ranks_of_torchrun(backend: str, timeout: timedelta | None = None) -> Iterato
         store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
     except (ValueError, RuntimeError) as error:
-        reason = one_line(str(error).strip().splitlines()[0])
+        reason = one_line(str(error).strip().split("\n")[0])
         raise BadInput(
             f"the ranks cannot be joined ({reason}); start them with torchrun, which sets RANK, WORLD_SIZE, "
             "MASTER_ADDR and a free MASTER_PORT, or unset RANK"
         ) from None
     try:
         yield
-    except (RuntimeError, MemoryError, OSError, BadInput) as error:
-        said = one_line(error) if isinstance(error, (OSError, BadInput)) else of_machine(error) or repr(error)
+    except Exception as error:
+        said = told(error) or one_line(repr(error))
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which ends the others when one has ended
         if said.startswith(RANKS):
             raise BadInput(f"{who_ended(store, ranks)}; the same command goes on") from None

@@ -62,13 +62,14 @@ class Records:
     def __len__(self) -> int:
         return len(self.offset)
 
-    def file_of(self, i: int) -> Path:
-        """In which file record i lies."""
-        return self.files[bisect_right(self.ends, i)]
+    def number_of_file(self, i: int) -> int:
+        """In which of the files record i lies."""
+        return bisect_right(self.ends, i)
 
     def __getitem__(self, i: int) -> dict:
         i = range(len(self))[i]  # IndexError beyond the last
-        file, number = self.file_of(i), bisect_right(self.ends, i)
+        number = self.number_of_file(i)
+        file = self.files[number]
         try:
             with open_file(file) as handle:  # opened anew: no state that workers could share
                 if (now := stamp(os.fstat(handle.fileno()))) != self.stamps[number]:  # perhaps only touched

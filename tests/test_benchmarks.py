@@ -440,7 +440,7 @@ WRONG = {  # benchmark, file, content, what the sentence names
     "an empty caption": ("sugarcrepe", "add_att.json", {"5": PAIR | {"caption": " \n"}}, "caption is empty"),
     "a number as caption": ("sugarcrepe", "add_att.json", {"5": PAIR | {"caption": 5}}, "caption is 5"),
     "Winoground twice": ("winoground", "examples.jsonl", [WINOGROUND[0]] * 2, "'0/0' is there twice"),
-    "Winoground cut": ("winoground", "examples.jsonl", '{"id": 0', "line 1 is damaged or cut"),
+    "Winoground cut": ("winoground", "examples.jsonl", '{"id": 0', "line 1 is not valid JSON"),
     "SADE twice": ("sade", "sade.json", [SADE[0]] * 2, "'r1' is there twice"),
     "one reference": ("sade", "sade.json", [SADE[0] | {"references": ["a"]}], "1 references, not two to six"),
     "seven references": ("sade", "sade.json", [SADE[0] | {"references": list("abcdefg")}], "7 references"),
@@ -1195,10 +1195,10 @@ def test_reefknots_positions_are_no_pictures(tmp_path):
         ([{"answer": "x"}], "record 0: question_id is None"),
         ([{"question_id": [7], "answer": "x"}], r"record 0: question_id is \[7\]"),
         ([{"question_id": 7, "answer": "x"}] * 2, "record 1 answers '7' once more"),
-        ('[{"question_id": 7, "answer": "x"},', "the list that begins there is damaged or cut short"),
+        ('[{"question_id": 7, "answer": "x"},', "line 1 is not valid JSON"),
         ('[{"question_id": 7, "question_id": 7}]', "'question_id' is there twice"),
-        ("[" * 100_000, "the list that begins there is damaged"),
-        ("[1]\n{}", "line 1: the list that begins there is damaged"),
+        ("[" * 100_000, "line 1 is not valid JSON"),
+        ("[1]\n{}", "line 1 is not valid JSON"),
     ],
 )
 def test_a_list_of_predictions(content, says, native, tmp_path):
@@ -1241,7 +1241,7 @@ def test_bad_files_of_answers(native, tmp_path):
     lines = ours(items, perfect(items), "sugarcrepe")
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for content, says in [
-        (text[:-40] + "\n", f"line {len(lines)} is damaged or cut short: "),
+        (text[:-40] + "\n", f"line {len(lines)} is not valid JSON "),
         (text + "[1]\n", f"line {len(lines) + 1} is no JSON object; remove what is wrong, or give"),
         (text + json.dumps(lines[3]), f"answers {lines[3]['question_id']!r} once more; remove one"),
         ("", "no line answers a question of sugarcrepe; give"),
@@ -1253,7 +1253,7 @@ def test_bad_files_of_answers(native, tmp_path):
     (tmp_path / "answers.jsonl").write_bytes(b'{"text": "\xff"}\n')
     os.mkfifo(tmp_path / "pipe")  # to open it would be to wait
     for name, says in (
-        ("answers.jsonl", "line 1 is damaged"),
+        ("answers.jsonl", "line 1 is not valid JSON"),
         ("none.jsonl", "is missing or cannot be read .No such file"),
         ("", "it is a folder"),
         ("pipe", "it is a pipe"),

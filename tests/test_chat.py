@@ -373,7 +373,7 @@ def test_the_models_length_is_the_end(noise):
     list(talk.ask("What is it?"))
     assert len(talk.ids) == talk.start + 3
     before = list(talk.ids)
-    with pytest.raises(BadInput, match="leaves none for an answer; begin another with /new"):
+    with pytest.raises(BadInput, match="ask less or begin anew"):
         list(talk.ask("And é?"))
     assert talk.ids == before
 

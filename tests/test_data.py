@@ -735,7 +735,7 @@ def test_records_of_several_files_follow_each_other(tmp_path):
     (tmp_path / "b.jsonl").write_text(lines(RECORDS[2:]))
     records = Records([tmp_path / "a.json", str(tmp_path / "b.jsonl"), tmp_path / "a.json"])
     assert list(records) == RECORDS + RECORDS[:2]
-    assert [records.file_of(i).name[0] for i in range(7)] == list("aabbbaa")
+    assert [records.files[records.number_of_file(i)].name[0] for i in range(7)] == list("aabbbaa")
     with pytest.raises(IndexError):
         records[7]
     assert list(pickle.loads(pickle.dumps(records))) == list(records)

@@ -25,7 +25,7 @@ import model
 import train
 from evals import pictures
 from support import checkpoint, files, loading, program, ranks, world
-from support.errors import BadInput, of_machine, one_line
+from support.errors import BadInput, one_line, told
 from tiny import students
 from training import recipes
 
@@ -168,25 +168,32 @@ def overflow(kind):
     ],
 )
 def test_errors_of_the_machine_are_one_sentence(kind, said):
-    with pytest.raises(SystemExit, match=f"error: .*{said}.*; a smaller --batch-size needs less") as error:
+    with pytest.raises(SystemExit, match=f"error: .*{said}.*") as error:
         with program.one_sentence():
             overflow(kind)
     assert str(error.value).isprintable()
+    assert ("; a smaller --batch-size needs less" in str(error.value)) == (kind != "ranks")
 
 
 def test_errors_of_our_own_keep_their_traceback():
     for error in (RuntimeError("The size of tensor a (3) must match"), KeyError("x"), AssertionError()):
-        assert of_machine(error) is None
+        assert told(error) is None
         with pytest.raises(type(error)), program.one_sentence():
             raise error
 
 
-def test_compile_without_a_compiler(small, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    refused(
-        train.main,
-        "--compile needs a C.. compiler, and there is no no-such-compiler",
-        command(small, tmp_path, "--compile"),
+@pytest.mark.slow
+def test_compile_without_a_compiler(small, tmp_path):
+    environment = {
+        **ENVIRONMENT,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    argv = [sys.executable, str(ROOT / "train.py"), *command(small, tmp_path, "--steps", 2, "--compile")]
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert (
+        "error: --compile does not work here; leave it out" in done.stderr and "batch-size" not in done.stderr
     )
 
 
@@ -252,13 +259,23 @@ def test_answers_that_are_cut_off_are_counted_and_replaced(small, tmp_path):
     assert len(bad) == 6 and all("'long': nothing of an answer is within 100 tokens" in line for line in bad)
 
 
+def test_records_without_a_picture_are_left_out_where_the_adapter_alone_is_trained(small, tmp_path, capsys):
+    records = [talk("What?", "yes")] * 5 + json.loads((small / "tune.json").read_text())[:3]
+    argv = command(small, tmp_path, *written(tmp_path, records), "--steps", 2, "--stage", 1)
+    argv[argv.index("--student") + 1] = str(ROOT / "tiny/student")
+    train.main(argv)
+    said = capsys.readouterr().out
+    assert "2, of which 0 are done; 3 samples\n5 records without a picture are left out" in said
+    assert last_row(tmp_path, 1)["bad"] == 0
+
+
 def test_nothing_to_learn_stops_with_the_cause(small, tmp_path):
     """No picture in stage 1, whose adapter alone is trained; a loss of weight 0."""
     argv = command(small, tmp_path, *written(tmp_path, [talk("What?", "yes")] * 5), "--steps", 2)
     argv[argv.index("--student") + 1] = str(ROOT / "tiny/student")
     refused(
         train.main,
-        "5 records in a row are bad.* no picture, and the adapter alone is trained",
+        "data.json: no record has a picture, and an adapter alone is trained",
         [*argv, "--stage", 1],
     )
 

@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import model
 import train
-from evals.pictures import attention_picture, check_picture
-from support.errors import BadInput, of_machine, one_line
-from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
+from evals.pictures import MADE, attention_picture
+from support.errors import BadInput, one_line, told
+from support.files import check_output, check_writable, field, read_json, write_atomically
 from support.world import COMPOSITION, make_world, tiny_cases
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
@@ -45,8 +45,8 @@ def train_students(args: argparse.Namespace) -> None:
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
         return
     check_writable(args.out)
-    check_output(args.out / "results.md", lambda file: read_text(file).startswith("| "))
-    check_picture(args.out / "attention.png")
+    check_output(args.out / "results.md", b"| ")
+    check_output(args.out / "attention.png", MADE)
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
     run_students(args, steps)
@@ -118,10 +118,8 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
-    except (BadInput, OSError) as error:
-        sys.exit(f"{args.name}: {one_line(error)}")
-    except (RuntimeError, MemoryError) as error:
-        if (said := of_machine(error)) is None:
+    except Exception as error:
+        if (said := told(error)) is None:
             raise
         sys.exit(f"{args.name}: {said}")
 
@@ -136,4 +134,4 @@ def end_with(parent: int) -> None:
 def last_step(folder: Path) -> int:
     """How many steps a student has done, from the whole lines of its logs."""
     logs = [log.read_text(errors="replace").splitlines() for log in folder.glob("stage?.jsonl")]
-    return sum(max([step for line in lines if (step := step_of(line))], default=0) for lines in logs)
+    return sum(next(filter(None, map(step_of, reversed(lines))), 0) for lines in logs)

@@ -150,5 +150,5 @@ def step_of(line: str) -> int | None:
     """The step of a row of a log; None for a line that was damaged or cut."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

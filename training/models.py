@@ -1,9 +1,5 @@
 """The student and the teacher of a stage: loaded, checked against each other, and what is trained of them."""
 
-import os
-import shutil
-import sys
-
 import torch
 from torch import Tensor
 
@@ -56,9 +52,6 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
 
 def compile_layers(student: VLM, teacher: VLM | None) -> None:
     """torch.compile every layer of vision encoder and language models, in place."""
-    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")  # as torch looks
-    if shutil.which(compiler) is None:
-        raise BadInput(f"--compile needs a C++ compiler, and there is no {compiler}; leave it out or set CXX")
     towers = [student.vision.encoder, student.lm.model, *([teacher.lm.model] if teacher else [])]
     for tower in towers:
         for layer in tower.layers:

@@ -311,10 +311,6 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     given = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
     if (args.data is None) != (args.images is None):
         parser.error("--data and --images go together")
-    if args.data and len(args.images) not in (1, len(args.data)):
-        parser.error(
-            f"{len(args.images)} --images, {len(args.data)} --data: give one for all, or one for each"
-        )
     if args.recipe == "paper" and args.data is None:
         parser.error("--recipe paper is for data of your own: --data and --images")
     if args.data and args.stage in (None, "0"):

@@ -20,8 +20,9 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,27 +65,18 @@ def lock_run(run: Path) -> IO | None:
 def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
     """Make or enter a run's folder -> whether the run has finished. One of another run is refused."""
     file, other = run / "run.json", None
-    if file.exists():
-        copies = [folder / file.name for folder in saves(run)]  # which count where the file is damaged
-        for copy in [file, *(copy for copy in copies if copy.exists())]:
-            try:
-                other = read_json(copy)
-                break
-            except BadInput as error:
-                damage = f"{error}; choose another --name"
-        if other is None and model_folder.exists():
-            raise BadInput(damage)
-    elif model_folder.exists():
-        raise BadInput(f"{model_folder} exists already; choose another --name")
-    if other is not None:
-        different = [key for key in {**other, **identity} if other.get(key) != identity.get(key)]
-        if different:
-            there = {key: other.get(key) for key in different}
-            here = {key: identity.get(key) for key in different}
-            raise BadInput(
-                f"{run} exists already and belongs to another run ({there} there, {here} here); "
-                "repeat its arguments to go on with it, or choose another --name"
-            )
+    for copy in [file, *(folder / file.name for folder in saves(run))]:  # which counts where it is damaged
+        with suppress(BadInput):
+            other = other or read_json(copy)
+    if other is None and model_folder.exists():
+        raise BadInput(f"{model_folder} exists, and {file} is missing or damaged; choose another --name")
+    names = {**(other or identity), **identity}
+    if different := [name for name in names if (other or identity).get(name) != identity.get(name)]:
+        there, here = ({name: x.get(name) for name in different} for x in (other, identity))
+        raise BadInput(
+            f"{run} exists already and belongs to another run ({there} there, {here} here); "
+            "repeat its arguments to go on with it, or choose another --name"
+        )
     finished = model_folder.exists()
     barrier()
     if rank_and_ranks()[0] == 0:
@@ -118,7 +110,7 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
     """Save what `load` needs to go on from state["step"]; keep the newest `keep` saves. All ranks call."""
     rank, ranks = rank_and_ranks()
     folder = run / f"step-{state['step']:08}"
-    if folder in saves(run) and whole(folder):
+    if as_rank_0_sees(folder.exists()) and whole(folder):
         return
     temporary = run / f".{folder.name}.writing"
     try:
@@ -131,8 +123,8 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "not distributed, assuming one process": indeed
             dcp.save(state_tensors(module, optimizer), checkpoint_id=temporary, no_dist=ranks == 1)
-        names = sorted(file.name for file in temporary.iterdir())[rank::ranks]  # the ranks share the reading
-        parts = of_all_ranks({name: digest_of(temporary / name) for name in names})
+        own = (f"__{rank}_*", *((".metadata", "run.json") if rank == 0 else ()))  # what this rank has written
+        parts = of_all_ranks({file.name: digest_of(file) for x in own for file in temporary.glob(x)})
         if rank == 0:
             digests = {name: digest for part in parts for name, digest in part.items()}
             write_atomically(temporary / "state.json", json.dumps({**state, "digests": digests}))
@@ -143,7 +135,7 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
                 if other not in older[:keep]:
                     remove(other)
     except (OSError, dcp.api.CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().split("\n")[-1]
         raise BadInput(
             f"{folder} could not be written ({reason}); free space and repeat the command: "
             "it goes on from the save before"
@@ -154,6 +146,11 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
 def saves(run: Path) -> list[Path]:
     """All saves of a run, the newest first."""
     return sorted(run.glob("step-*"), reverse=True)
+
+
+def as_rank_0_sees(what: Any) -> Any:
+    """What rank 0 found in a folder, which a shared file system may show the others later. All ranks call."""
+    return of_all_ranks({"seen": what})[0]["seen"]
 
 
 def digest_of(file: Path) -> str:
@@ -176,7 +173,7 @@ def whole(folder: Path) -> dict | None:
 
 def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | None:
     """Fill module and optimizer from the newest whole save -> its state, or None where there is none."""
-    for folder in saves(run):
+    for folder in as_rank_0_sees(saves(run)):
         if (state := whole(folder)) is not None:
             break
         if rank_and_ranks()[0] == 0:
