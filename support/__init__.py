@@ -1,1 +1,1 @@
-"""Checkpoints and layouts, records, the tiny world, ranks, errors: what a reader of the method can skip."""
+"""Files, checkpoints, records, the tiny world, ranks, workers, errors: what a reader of the method can skip."""
