@@ -17,7 +17,7 @@ from typing import IO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -52,6 +52,8 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         raise BadInput(
             f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer"
         )
+    if getattr(tokenizer.model, "dropout", None):
+        raise BadInput(f"{file} has a dropout, by which tokens are random; use the Qwen1.5 tokenizer")
     tokenizer.no_truncation()  # a file may have been saved with either, which is no property of the model
     tokenizer.no_padding()
     return tokenizer
@@ -92,7 +94,10 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     if not is_utf8(text):
         raise BadInput(f"{f'{text!r}':.60} is not UTF-8 text: it has a lone surrogate")
     tokenizer.encode_special_tokens = True
-    return tokenizer.encode(text, add_special_tokens=False).ids
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except Exception as error:  # the library raises bare Exception
+        raise BadInput(f"{f'{text!r}':.60} is beyond this tokenizer.json ({error}); use Qwen1.5's") from None
 
 
 def _encode_pieces(spans: Iterable[tuple[str, bool]], tokenizer: Tokenizer, num_image_tokens: int):
@@ -164,7 +169,7 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
             try:
                 with Image.open(file, formats=PICTURE_FORMATS) as image:
                     return to_rgb(image)
-            except ValueError:  # among others: a text or profile of a PNG, too large for Pillow
+            except (ValueError, OSError, SyntaxError):  # perhaps of what a PNG has beside its pixels
                 file.seek(0)
                 if file.read(len(PNG)) != PNG:
                     raise
@@ -178,15 +183,16 @@ def open_picture(picture: Image.Image | str | Path) -> Image.Image:
         raise BadInput(f"{name} cannot be read as a picture ({reason}); replace it") from None
 
 
+BESIDE_PIXELS = b"iCCP tEXt zTXt iTXt gAMA cHRM sRGB pHYs tIME acTL fcTL fdAT".split()
 PNG = b"\x89PNG\r\n\x1a\n"  # with which every PNG begins
 
 
 def only_pixels(file: IO[bytes]) -> IO[bytes]:
-    """A PNG, of which PNG has been read, without its texts and colour profile."""
+    """A PNG, of which PNG has been read, without its texts, its colour profile and the like."""
     kept = [PNG]  # then chunks: length of the content, type, content, checksum
     while len(head := file.read(8)) == 8:
         chunk = head + file.read(int.from_bytes(head[:4], "big") + 4)
-        if head[4:] not in (b"iCCP", b"tEXt", b"zTXt", b"iTXt"):
+        if head[4:] not in BESIDE_PIXELS:
             kept.append(chunk)
     return io.BytesIO(b"".join(kept))
 
@@ -221,11 +227,13 @@ def grey(image: Image.Image) -> Image.Image:
     """
     values = np.asarray(image)
     ranges = (1, 255, 65535)
-    if image.mode.startswith("I;16") or image.format in ("PNG", "PPM"):
+    if image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM"):
         ranges = (65535,)
     top = next((top for top in ranges if values.min() >= 0 and values.max() <= top), None)
     if top is None:
         raise BadInput(f"its grey is {values.min():g} to {values.max():g}, not within 0 to 65535")
+    if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # 0 is white
+        values = top - values
     return Image.fromarray((values.astype(np.float32) * (255 / top)).round().astype(np.uint8))
 
 
@@ -371,7 +379,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             try:
                 return {"id": name, **self.sample(record, images), "replaced": replaced}
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
-                reason = f"{file}, record {name!r}: {error}"
+                reason = f"{file}, record {f'{name!r}':.60}: {error}"
                 if not self.skip_bad and not isinstance(error, NothingToLearn):
                     raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
                 replaced.append(one_line(reason))
@@ -426,7 +434,7 @@ def inside(folder: Path, name: str) -> Path:
     """
     if not is_utf8(name) or "\0" in name:
         raise BadInput(f"{name!r} is no name of a picture")
-    path, roots = (folder / name).resolve(), [folder]
+    path, roots = Path(os.path.realpath(folder / name)), [folder]
     first = folder.joinpath(*Path(name).parts[:1])
     if os.path.islink(first) and first.is_dir():
         roots.append(first)

@@ -21,7 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 from evals import analyses, answers, chat
 from evals.pictures import MADE, attention_picture
 from evals.scorers import load
-from support.errors import one_line
+from support.errors import BadInput, one_line
 from support.files import check_output
 from support.program import one_sentence, parse
 from support.ranks import ranks_of_torchrun
@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> None:
             with ranks_of_torchrun("gloo", timeout=timedelta(days=7)):  # ranks wait at barriers
                 answers.bench(args)
         elif args.command == "attention":
+            if args.save.suffix != ".png":
+                raise BadInput(f"{args.save}: give the name of a .png")
             check_output(args.save, MADE, [args.image])
             models = {name: load(name) for name in args.model}
             attention_picture(models, [(args.image, args.question)], args.save)

@@ -119,7 +119,7 @@ class VLM(nn.Module):
         return ids
 
     def check_length(self, tokens: int, what: str) -> None:
-        """BadInput where the model cannot hold so many tokens and one more."""
+        """BadInput where the model cannot hold so many tokens and one more, which is written."""
         most = self.config.text.max_position_embeddings
         if tokens >= most:
             raise BadInput(
@@ -196,6 +196,7 @@ class VLM(nn.Module):
         """
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.adapter(self.image_features(pixel_values))
+        self.check_length(input_ids.shape[1] - 1, "a text")
         placeholder = (input_ids == IMAGE_TOKEN) | (input_ids == self.config.image_token_index)
         N, P = (0, self.num_image_tokens) if visual_tokens is None else visual_tokens.shape[:2]
         per_row = placeholder.sum(1)
@@ -323,6 +324,9 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32
     if (folder / "tokenizer.json").exists():
         vlm.tokenizer = data.load_tokenizer(folder, config.text.vocab_size)
         vlm.template = layouts.template_of(folder, vlm.tokenizer)
+        i = config.image_token_index
+        if i >= 0 and vlm.tokenizer.id_to_token(i) not in (None, data.IMAGE_MARK):
+            raise BadInput(f"{folder}/config.json: image_token_index {i} is the id of another word")
     return vlm.eval()
 
 

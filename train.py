@@ -306,7 +306,7 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         make_world(world)
     barrier()
     held = [vlm.config.text.max_position_embeddings for vlm in (student, teacher) if vlm]
-    return data.LlavaDataset(
+    dataset = data.LlavaDataset(
         c.data or [world / ("pretrain.json" if c.stage in ("0a", "1") else "tune.json")],
         c.images or [world / "images"],
         student.tokenizer,
@@ -317,6 +317,11 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         skip_bad=c.skip_bad_samples,
         only_pictures=c.stage in ("0a", "1"),
     )
+    if c.weights.keys() - distill.LOGIT_LOSSES and not dataset.records.has_image.any():
+        raise BadInput(
+            f"{dataset.records.files[0]}: no record has a picture, over which L_ADL compares attention"
+        )
+    return dataset
 
 
 def open_batches(

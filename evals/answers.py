@@ -97,7 +97,7 @@ def answer(
 def parts_of(file: Path) -> list[Path]:
     """The files that the ranks of a run have written: rank 0 the file itself, each other one a part."""
     others = file.parent.glob(glob.escape(file.name) + ".rank*")
-    return [file] * file.exists() + sorted(others)
+    return [file] * file.exists() + sorted(part for part in others if part.suffix[5:].isdecimal())
 
 
 def lock_answers(handle: IO, how: int) -> None:
@@ -121,7 +121,7 @@ def answers_so_far(file: Path, run: dict, questions: dict[str, Line]) -> dict[st
                 )
             if scored := run["scorer"] not in ("choice", "generate"):
                 tokens = row.get("tokens", 1)
-                sound = isinstance(row.get("score"), float) and isinstance(tokens, int) and tokens > 0
+                sound = isinstance(row.get("score"), float) and isinstance(tokens, int) and 0 < tokens < 1e9
             else:
                 sound = isinstance(row.get("text"), str)
             if not sound:
@@ -270,7 +270,7 @@ def bench(args: argparse.Namespace) -> None:
     how = {name: getattr(args, name) for name in ("scorer", "as_released", "limit")}
     made = {name: rows[0].get(name) for name in ("model_id", "precision")}
     notes = {"answers": str(file), **how, **made}
-    if unasked := [row["unasked"] for row in rows if "unasked" in row]:
+    if unasked := [row["unasked"] for row in rows if isinstance(row.get("unasked"), bool)]:
         notes["unasked"] = sum(unasked) / len(unasked)
         print(f"{100 * notes['unasked']:.1f} % of {len(rows)} replies began with an option unasked")
     write_atomically(out, json.dumps(notes | summary.json(), indent=1))

@@ -97,6 +97,8 @@ def talk(vlm: model.VLM, picture: Path | None, max_new_tokens: int) -> None:
         import readline  # noqa: F401 (input() then has arrow keys and a history)
     except ImportError:
         pass
+    if sys.stdin is None:
+        raise BadInput("standard input is closed, from which questions are read; give one with --question")
     sys.stdin.reconfigure(errors="replace")
     chat = Conversation(vlm, picture)
     print(f"{one_line(picture or 'No picture')}. Ask, or /help.")

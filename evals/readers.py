@@ -136,7 +136,7 @@ def one(annotations: Path, pattern: str) -> Path:
 
 def some(annotations: Path, names: Iterable[str]) -> list[Path]:
     """Those of the names that the folder has, or the one file that is given."""
-    found = [file for name in names if (file := annotations / name).is_file()]
+    found = [file for name in names if os.path.lexists(file := annotations / name)]
     if annotations.is_file() and annotations.name in names:
         found = [annotations]
     if not found:

@@ -1,1 +1,1 @@
-"""Files, checkpoints, records, the tiny world, ranks, workers, errors: what a reader of the method can skip."""
+"""Files, checkpoints, records, tiny world, ranks, workers, errors: what a reader of the method can skip."""

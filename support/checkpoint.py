@@ -52,9 +52,10 @@ def weight_files(folder: Path) -> list[Path]:
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists() and not (folder / names[0]).exists():
         weight_map = read_json(index).get("weight_map")
-        names = set(weight_map.values()) if isinstance(weight_map, dict) else set()
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise BadInput(f"{index} names no shard; fetch the checkpoint again")
+        names = set(names)
         if outside := [name for name in names if Path(name).name != name]:
             raise BadInput(f"{index} points outside its folder ({outside[0]}); do not trust this checkpoint")
     files = [folder / name for name in names]
@@ -131,16 +132,15 @@ SMALL = 64 << 20  # bytes: up to here the fingerprint reads a file whole
 
 
 def fingerprint(folder: Path) -> str:
-    """Tells one checkpoint folder from another: its config and tokenizer, and some bytes of every tensor.
+    """Tells one checkpoint folder from another: its config and tokenizer, some bytes of every tensor.
 
     Of a large file these are its header and four places of 1 KiB in each tensor.
     """
     if not (folder / "config.json").is_file():
         raise BadInput(f"{folder} has no config.json; give a checkpoint folder")
     digest = hashlib.sha256()
-    for file in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        if not file.exists():  # a tokenizer
-            continue
+    small = [folder / name for name in ("config.json", "tokenizer.json", "tokenizer_config.json")]
+    for file in [*(file for file in small if file.exists()), *weight_files(folder)]:
         size = file.stat().st_size
         digest.update(f"{file.name} {size}\n".encode())
         with open_file(file) as handle:

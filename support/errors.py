@@ -1,5 +1,6 @@
 """What a user is told: one sentence, on one line, for all that a user or the machine has to mend."""
 
+import errno
 import re
 
 
@@ -27,6 +28,14 @@ class BadInput(ValueError):
         super().__init__(one_line(sentence))
 
 
+REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EMFILE: "raise the limit of open files (ulimit -n), or give fewer --workers",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "choose a place that you may use",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 RANKS = "the connection to the other ranks is lost"
 # Errors of the machine: what is said, and what their type and text have.
 MACHINE = {
@@ -45,6 +54,8 @@ def told(error: BaseException) -> str | None:
 
     None for all others: they are ours, or of a change that somebody is trying out, and keep their traceback.
     """
+    if isinstance(error, OSError) and error.errno in REMEDIES:
+        return one_line(f"{error.filename or 'a file'}: {error.strerror}; {REMEDIES[error.errno]}")
     if isinstance(error, (BadInput, OSError)):
         return one_line(error)
     if not isinstance(error, (RuntimeError, MemoryError)):

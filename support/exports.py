@@ -142,6 +142,8 @@ CHAT_TEMPLATE = (
     "{% if messages[0].role != 'system' %}{{ " + json.dumps(data.SYSTEM) + " }}{% endif %}"
     "{% for turn in messages %}{% set plain = turn.content is string %}"
     "{% set parts = [] if plain else turn.content %}"
+    "{% for part in parts if part.type != 'text' and (part.type != 'image' or turn.role != 'user') %}"
+    "{{ raise_exception('a content is texts and, of a user, images') }}{% endfor %}"
     "{% set text = (turn.content if plain else "
     "parts | selectattr('type', 'equalto', 'text') | map(attribute='text') | join) | trim %}"
     "{% if turn.role == 'assistant' %}ASSISTANT: {{ text }}<|endoftext|>"

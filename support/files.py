@@ -192,7 +192,7 @@ def check_output(file: Path, mark: bytes, inputs: Iterable[Path | None] = ()) ->
     check_writable(file.parent)
     inputs = [path for path in inputs if path]
     linked = [path for path in inputs if path.exists() and file.exists() and path.samefile(file)]
-    if linked or file.resolve() in [path.resolve() for path in inputs]:
+    if linked or os.path.realpath(file) in map(os.path.realpath, inputs):
         raise BadInput(f"{file} is read by this command, which would write over it; choose another name")
     if file.exists() and not file.is_file():
         raise BadInput(f"{file} is a folder or a device, not a file; choose another name")

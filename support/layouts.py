@@ -9,6 +9,7 @@ What a network cannot do (sliding windows, another activation) is refused here, 
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -55,6 +56,9 @@ ONLY: dict[str, tuple] = {
     "post_connector_use": (True, False),
     "post_connector_gelu": (True, False),
     "use_sliding_window": (False,),
+    "use_qk_norm": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (),
     "connector_type": ("mlp2x_gelu",),
     "projector_hidden_act": ("gelu",),
     "multimodal_projector_bias": (True,),
@@ -66,10 +70,17 @@ ONLY: dict[str, tuple] = {
     "do_normalize": (True,),
     "do_center_crop": (False,),
     "do_pad": (False,),
+    "do_convert_rgb": (True,),
+    "image_processor_type": ("SiglipImageProcessor", "SiglipImageProcessorFast", "SiglipImageProcessorPil"),
     "resample": (Image.Resampling.BICUBIC,),
     "rescale_factor": (1 / 255,),
     "image_mean": (0.5, [0.5] * 3),
     "image_std": (0.5, [0.5] * 3),
+    # of tokenizer_config.json: data.text_ids adds nothing
+    "add_bos_token": (False,),
+    "add_eos_token": (False,),
+    "add_prefix_space": (False,),
+    "do_lower_case": (False,),
 }
 
 
@@ -81,8 +92,8 @@ def value(config: dict, name: str, file: Path, default: Any = None) -> Any:
     if name in ONLY:
         same = [x for x in ONLY[name] if x == found and isinstance(x, bool) == isinstance(found, bool)]
         if not same:  # (in Python True == 1)
-            only = " or ".join(map(json.dumps, ONLY[name]))
-            raise BadInput(f"{file}: {name} {f'{found!r}':.60} is not supported, only {only}")
+            only = ", only " * bool(ONLY[name]) + " or ".join(map(json.dumps, ONLY[name]))
+            raise BadInput(f"{file}: {name} {f'{found!r}':.60} is not supported{only}")
         return found
     kind, least, most = FIELDS[name]
     right = isinstance(found, (int, float) if kind is float else int) and not isinstance(found, bool)
@@ -116,12 +127,19 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
     rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)
     scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
     activation = config.get("hidden_act", QwenConfig.hidden_act)
-    scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
-    windows = "sliding_attention" in str(config.get("layer_types"))
+    only = {"rope_theta", "rope_type", "type"}
+    scaled = any(part.keys() - only for part in (rope, scaling)) or any(
+        part.get(name, "default") != "default" for part in (rope, scaling) for name in ("rope_type", "type")
+    )
+    windows = set(config.get("layer_types") or ()) - {"full_attention"}
     if value(config, "use_sliding_window", file) or windows or scaled or activation != "silu":
         raise BadInput(
             f"{file}: sliding windows, rope scaling and activations other than silu are not supported"
         )
+    if len({x for x in (rope.get("rope_theta"), config.get("rope_theta")) if x is not None}) > 1:
+        raise BadInput(f"{file}: rope_theta and that of rope_parameters differ; leave the right one")
+    for name in config.keys() & ONLY.keys():
+        value(config, name, file)
     c = to_dataclass(QwenConfig, {"rope_theta": rope.get("rope_theta"), **config}, file)
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
         raise BadInput(
@@ -237,7 +255,7 @@ def read_config(folder: Path) -> VLMConfig:
         raise BadInput(
             f"{file}: post_connector_use without connector_hidden_size, the width of the teacher's adapter"
         )
-    check_preprocessing(folder, vision.image_size)
+    check_companions(folder, vision.image_size)
     return VLMConfig(
         vision,
         text,
@@ -249,10 +267,11 @@ def read_config(folder: Path) -> VLMConfig:
     )
 
 
-def check_preprocessing(folder: Path, side: int) -> None:
-    """BadInput where the folder says that its pictures are prepared otherwise than by data.preprocess."""
-    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        config = read_json(file) if file.exists() else {}
+def check_companions(folder: Path, side: int) -> None:
+    """BadInput where files beside config.json want other pixels or tokens than data.py makes."""
+    for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json"):
+        file = folder / name
+        config = read_json(file) if os.path.lexists(file) else {}
         config = section(config, "image_processor", file)  # where transformers 5 has it
         for name in config.keys() & ONLY.keys():
             value(config, name, file)

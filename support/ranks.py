@@ -33,7 +33,7 @@ def ranks_of_torchrun(backend: str, timeout: timedelta | None = None) -> Iterato
         numbers = {name: int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
             raise ValueError(f"RANK={numbers['RANK']}, WORLD_SIZE={numbers['WORLD_SIZE']}")
-        store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout or timedelta(minutes=30)))
+        store, rank, ranks = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         store.set(f"process {rank}", f"{os.getpid()} {socket.gethostname()}")
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=ranks)
     except (ValueError, RuntimeError) as error:

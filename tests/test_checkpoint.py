@@ -316,7 +316,8 @@ hidden_size 9|num_hidden_layers 100000000|num_hidden_layers 2.0|num_attention_he
 intermediate_size 99999999999999999999|num_key_value_heads 3|rope_theta 0|rope_theta Infinity|rope_theta NaN
 rope_theta "1e6"|rope_theta -1e6|rms_norm_eps 0|rms_norm_eps 5|rms_norm_eps true|max_position_embeddings 0
 tie_word_embeddings 1|tie_word_embeddings "yes"|use_sliding_window "false"|head_dim 99|head_dim "8"
-layer_types ["sliding_attention"]|hidden_act ["silu"]|model_type {"a": 1}|rope_scaling {"type": [1]}
+layer_types ["chunked_attention"]|hidden_act ["silu"]|model_type {"a": 1}|rope_scaling {"type": [1]}
+partial_rotary_factor 0.5|rope_scaling {"factor": 4}|quantization_config {"bits": 4}
 """
 
 
@@ -377,6 +378,7 @@ def test_values_of_a_multimodal_config(line, vlm_folder):
         {"size": {"shortest_edge": 24}},
         {"size": 999},
         {"rescale_factor": 1 / 127.5},
+        {"image_processor_type": "CLIPImageProcessor"},
     ],
     ids=json.dumps,
 )
@@ -406,6 +408,21 @@ def test_tinyllavas_own_checkpoints_are_read(vlm_folder):
         assert any("post_connector" in name for name in tensors)
     else:
         assert model.load(vlm_folder).config == before.config
+
+
+def test_tokens_that_would_be_others_are_refused(tmp_path):
+    """By fields of tokenizer_config.json, a word as the picture's placeholder, a random tokenizer."""
+    refuses = [("tokenizer_config.json", {"add_bos_token": True}, "add_bos_token")]
+    refuses += [
+        ("config.json", {"image_token_index": 300}, "image_token_index 300 is the id of another word")
+    ]
+    refuses += [("tokenizer.json", {"dropout": 0.5}, "dropout, by which tokens are random")]
+    for name, change, why in refuses:
+        folder = Path(shutil.copytree(ROOT / "tiny/teacher", tmp_path / name))
+        content = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (content["model"] if name == "tokenizer.json" else content).update(change)
+        (folder / name).write_text(json.dumps(content))
+        refused(model.load, folder, folder / name, why)
 
 
 def test_one_file_comes_before_an_index_as_in_transformers(folder):
@@ -451,7 +468,11 @@ def test_odd_values_in_a_multimodal_config(change, vlm_folder):
     refused(model.load, vlm_folder, vlm_folder / "config.json")
 
 
-@pytest.mark.parametrize("weight_map", [["model.safetensors"], None, {"lm_head.weight": 1}], ids=json.dumps)
+@pytest.mark.parametrize(
+    "weight_map",
+    [["model.safetensors"], None, {"lm_head.weight": 1}, {"x": ["a"]}, {"x": {}}],
+    ids=json.dumps,
+)
 def test_odd_values_in_the_index(weight_map, folder):
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"

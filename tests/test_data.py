@@ -422,6 +422,9 @@ KINDS = {  # picture, how it is saved, pixels asked for, row by row
     "floats to 255": (picture_of([[0, 1.4, 254.6]], "F"), TIFF, [(v,) * 3 for v in (0, 1, 255)]),
     "floats to 65535": (picture_of([[0, 2570, 65535]], "F"), TIFF, [(v,) * 3 for v in (0, 10, 255)]),
     "dark 16-bit png": (picture_of([[0, 1, 255]], "I;16"), {}, [(v,) * 3 for v in (0, 0, 1)]),
+    "floats, white is 0": (
+        picture_of([[0, 0.2]], "F"), {**TIFF, "tiffinfo": {262: 0}}, [(255,) * 3, (204,) * 3],
+    ),
     "bits": (picture_of([[0, 255]], "L").convert("1"), {}, [(0, 0, 0), WHITE]),
 }  # fmt: skip
 

@@ -471,9 +471,10 @@ def test_outputs_are_not_written_over_what_is_not_ours(small, tmp_path, what):
             None,
             "a folder or a device",
         ),
-        "folder": ([*show, tmp_path], None, "a folder or a device"),
+        "folder": ([*show, tmp_path / "f.png"], None, "a folder or a device"),
     }[what]
     before = file and file.read_bytes()
+    (tmp_path / "f.png").mkdir()
     refused(evaluation.main, why, argv)
     assert (file and file.read_bytes()) == before and Path("/dev/null").is_char_device()
 

@@ -285,6 +285,48 @@ def test_a_damaged_later_save_does_not_push_out_the_newest_whole_one(world, tmp_
     assert [folder.name for folder in run.glob("step-*")] == ["step-00000003"]
 
 
+def test_what_is_no_save_of_this_run_is_passed_over(world, tmp_path, capsys):
+    """Another run's save under a later name, a save whose name is not its step, and a folder of somebody's."""
+    flags = ["--steps", 8, "--batch-size", 2]
+    train.main(command(world, tmp_path / "whole", *flags))
+    train_until(5, command(world, tmp_path / "other", *flags, "--lr", 0.01))
+    parts, run = command(world, tmp_path / "parts", *flags), tmp_path / "parts/x/stage2.run"
+    train_until(3, parts)
+    shutil.copytree(tmp_path / "other/x/stage2.run/step-00000005", run / "step-00000005")
+    shutil.copytree(run / "step-00000003", run / "step-00000006")
+    (run / "step-notes").mkdir()
+    capsys.readouterr()
+    train.main(parts)
+    said, passed = capsys.readouterr().out, "is damaged, or of another run, and is passed over"
+    assert (
+        said.count("is damaged, or of another run, and is passed over") == 2 and "of which 3 are done" in said
+    )
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert [file.name for file in run.glob("step-*")] == ["step-notes"]
+
+
+@pytest.mark.parametrize("what", ["an empty folder", "a file", "a config alone", "a model of another kind"])
+def test_what_has_the_models_name_does_not_cost_the_saves(world, tmp_path, what):
+    argv = command(world, tmp_path, "--steps", 4, "--batch-size", 2)
+    train_until(2, argv)
+    model_folder = tmp_path / "x/stage2"
+    if what == "a file":
+        model_folder.write_text("")
+    elif what == "a model of another kind":
+        shutil.copytree(ROOT / "tiny/student", model_folder)
+    else:
+        model_folder.mkdir()
+    if what == "a config alone":
+        (model_folder / "config.json").write_text("{}")
+    if what != "an empty folder":
+        with pytest.raises(SystemExit, match="x/stage2 is no model of this run .*; choose another --name"):
+            train.main(argv)
+        assert (tmp_path / "x/stage2.run/step-00000002/state.json").exists()
+    else:
+        train.main(argv)
+        assert (model_folder / "config.json").exists()
+
+
 def test_stop_after_is_a_way_to_stop(world, tmp_path, capsys):
     flags = ["--steps", 6, "--batch-size", 2]
     train.main(command(world, tmp_path / "whole", *flags))
@@ -353,7 +395,10 @@ def test_a_half_written_save_is_passed_over(world, tmp_path, how, capsys):
     capsys.readouterr()
     train.main(command(world, tmp_path / "parts", *flags))
     said = capsys.readouterr().out
-    assert "step-00000006 is damaged and is passed over" in said and "of which 4 are done" in said
+    assert (
+        "step-00000006 is damaged, or of another run, and is passed over" in said
+        and "of which 4 are done" in said
+    )
     assert not leftover.exists()
     same_run(tmp_path / "whole", tmp_path / "parts")
 

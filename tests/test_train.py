@@ -438,7 +438,7 @@ def broken(tmp_path, world):
     turns = [{"from": "human", "value": "<image>\nx"}, {"from": "gpt", "value": "y"}]
     outside.write_text(json.dumps([{"id": "evil", "image": "../../etc/passwd", "conversations": turns}] * 8))
     no_turns = tmp_path / "no_turns.json"
-    no_turns.write_text('[{"id": 7, "text": "hello"}]')
+    no_turns.write_text('[{"id": 7, "image": "x.png", "text": "hello"}]')
     images = ["--images", world / "images"]
     return {
         "no teacher": (["--stage", "1", "--teacher", tmp_path / "none"], ["none"]),

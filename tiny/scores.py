@@ -17,7 +17,7 @@ from distill import METHODS, Method
 from evals import scorers
 from evals.benchmarks import markdown
 from evals.scorers import Ask
-from model import VLM
+from model import VLM, finite
 from support.world import COMPOSITION, RECOGNITION, caption_question, tiny_items
 
 
@@ -68,6 +68,8 @@ def attention_similarity(
         inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
         ours = student(**inputs, attention=dict.fromkeys(student_layers, attend)).attentions
         theirs = teacher(**inputs, attention=dict.fromkeys(teacher_layers, attend)).attentions
+        for vlm, maps in ((student, ours), (teacher, theirs)):
+            finite(torch.cat(list(maps.values())), vlm.name)
         targets = distill.matched_targets(ours, theirs, rows, method.matching)
         term = distill.visual_attention_loss(ours.values(), targets, rows, "cosine-rows")
         distance, count = distance + term.sum.item(), count + term.count.item()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from model import pick_device
 from support.errors import BadInput, one_line
-from support.files import write_atomically
+from support.files import open_file, write_atomically
 from support.ranks import barrier, rank_and_ranks
 from training.recipes import Config
 
@@ -99,8 +99,7 @@ class Log:
         self.since, self.samples, self.tokens, self.padded_tokens = now, 0, 0, 0
         if self.rank:
             return
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append(self.file, row)
         if not self.quiet:
             terms = "  ".join(f"{name} {value:8.4f}" for name, value in losses.items())
             tqdm.write(
@@ -114,8 +113,7 @@ class Log:
         """Note what was passed over (every rank its own, in one file)."""
         for sentence in [text for batch in batches for text in batch["replaced"]]:
             tqdm.write(f"skipped: {sentence}", file=sys.stderr)
-            with open(self.bad_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "skipped": sentence}) + "\n")
+            append(self.bad_file, {"step": step, "skipped": sentence})
 
     def not_finite(self, step: int, losses: dict, norm: float, batches: list[dict]) -> str:
         """Write down which samples were in the step -> the sentence to stop with."""
@@ -136,10 +134,21 @@ def peak_memory(device: str) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def append(file: Path, row: dict) -> None:
+    """Add a row to a log."""
+    try:
+        with open(file, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(row) + "\n")
+    except OSError as error:
+        reason = f"{file} could not be written ({error.strerror})"
+        raise BadInput(f"{reason}; free space, and the same command goes on from the last save") from None
+
+
 def drop_rows_after(file: Path, step: int) -> None:
     """Cut a log back to the step that a run goes on from. BadInput: a file that is no log."""
     if file.exists():
-        lines = file.read_text(errors="replace").splitlines()
+        with open_file(file) as handle:
+            lines = handle.read().decode(errors="replace").splitlines()
         if lines and not lines[0].startswith('{"step"') and not any(map(step_of, lines)):
             raise BadInput(f"{file} is no log of this program; choose another --name")
         rows = [line for line in lines if (step_of(line) or step + 1) <= step]

@@ -317,6 +317,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         parser.error("--data is another for every stage: run --stage 0a, 0b, 1, 2, 3 each on its own")
     if args.steps and args.epochs:
         parser.error("--steps and --epochs exclude each other")
+    if args.name and (Path(args.name).name != args.name or args.name == ".."):
+        parser.error(f"--name {args.name} is no name of a folder under --out")
     if args.lora_dropout and args.lora_dropout >= 1:
         parser.error("--lora-dropout is a share below 1")
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)

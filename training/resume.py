@@ -16,6 +16,7 @@ take over a run folder from a stranger; finished models are safetensors and safe
 """
 
 import fcntl
+import io
 import json
 import os
 import shutil
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model import pick_device
+from support import layouts
+from support.checkpoint import weight_files
 from support.errors import BadInput, one_line
 from support.files import digest, lock_file, open_file, read_json, remove, write_atomically
 from support.ranks import any_rank, barrier, of_all_ranks, rank_and_ranks
@@ -57,6 +60,8 @@ def lock_run(run: Path) -> IO | None:
     """Lock a run's folder (rank 0) until the returned file is closed: one process at a time trains it."""
     if rank_and_ranks()[0] > 0:
         return None
+    if (run / "lock").exists():
+        open_file(run / "lock").close()  # a pipe would be waited for
     file = open(run / "lock", "w")
     lock_file(file, fcntl.LOCK_EX, f"{run} is being trained by another process; choose another --name")
     return file
@@ -77,13 +82,25 @@ def open_run(run: Path, model_folder: Path, identity: dict) -> bool:
             f"{run} exists already and belongs to another run ({there} there, {here} here); "
             "repeat its arguments to go on with it, or choose another --name"
         )
-    finished = model_folder.exists()
+    finished = is_finished(model_folder)
     barrier()
     if rank_and_ranks()[0] == 0:
         write_atomically(file, json.dumps(identity, indent=1))
         for leftover in [*run.glob(".*.writing"), *(saves(run) if finished else ())]:
             remove(leftover)
     return finished
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the model of a run is there. BadInput: something else has its name."""
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
+        return False
+    try:
+        weight_files(folder)
+        layouts.read_config(folder)
+    except (BadInput, OSError) as error:
+        raise BadInput(f"{folder} is no model of this run ({error}); choose another --name") from None
+    return True
 
 
 # ---------------------------------------------------------------- saves
@@ -127,7 +144,10 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
         parts = of_all_ranks({file.name: digest_of(file) for x in own for file in temporary.glob(x)})
         if rank == 0:
             digests = {name: digest for part in parts for name, digest in part.items()}
-            write_atomically(temporary / "state.json", json.dumps({**state, "digests": digests}))
+            state = {**state, "digests": digests}
+            write_atomically(
+                temporary / "state.json", json.dumps({**state, "own digest": digest_of_state(state)})
+            )
             os.replace(temporary, folder)
             write_atomically(run / "latest", folder.name)
             older = [other for other in saves(run) if other.name <= folder.name]
@@ -145,7 +165,7 @@ def save(run: Path, module: nn.Module, optimizer: torch.optim.AdamW, state: dict
 
 def saves(run: Path) -> list[Path]:
     """All saves of a run, the newest first."""
-    return sorted(run.glob("step-*"), reverse=True)
+    return sorted(run.glob("step-" + 8 * "[0-9]"), reverse=True)
 
 
 def as_rank_0_sees(what: Any) -> Any:
@@ -158,14 +178,23 @@ def digest_of(file: Path) -> str:
         return digest(handle)
 
 
+def digest_of_state(state: dict) -> str:
+    return digest(io.BytesIO(json.dumps(state).encode()))
+
+
 def whole(folder: Path) -> dict | None:
-    """The state in a save of which every file is what was written; None for any other. All ranks call."""
+    """The state in a save of this run, of which every file is what was written; None for any other.
+
+    All ranks call, and share the reading.
+    """
     rank, ranks = rank_and_ranks()
     try:
         state = read_json(folder / "state.json")
+        right = state.pop("own digest") == digest_of_state(state)
+        right = right and f"step-{state['step']:08}" == folder.name
         digests = sorted(state["digests"].items())
-        right = all(digest_of(folder / name) == digest for name, digest in digests[rank::ranks])
-        right = right and all(type(state[name]) is int for name in ("step", "samples", "bad"))
+        right = right and all(digest_of(folder / name) == digest for name, digest in digests[rank::ranks])
+        right = right and read_json(folder / "run.json") == read_json(folder.parent / "run.json")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         right = False
     return None if any_rank(not right, pick_device()) else state
@@ -177,7 +206,7 @@ def load(run: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> dict | N
         if (state := whole(folder)) is not None:
             break
         if rank_and_ranks()[0] == 0:
-            print(one_line(f"{folder} is damaged and is passed over"))
+            print(one_line(f"{folder} is damaged, or of another run, and is passed over"))
     else:
         return None
     tensors = state_tensors(module, optimizer)
