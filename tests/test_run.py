@@ -286,7 +286,7 @@ def test_a_damaged_later_save_does_not_push_out_the_newest_whole_one(world, tmp_
 
 
 def test_what_is_no_save_of_this_run_is_passed_over(world, tmp_path, capsys):
-    """Another run's save under a later name, a save whose name is not its step, and a folder of somebody's."""
+    """Another run's save under a later name, a save whose name is not its step, and somebody's folder."""
     flags = ["--steps", 8, "--batch-size", 2]
     train.main(command(world, tmp_path / "whole", *flags))
     train_until(5, command(world, tmp_path / "other", *flags, "--lr", 0.01))
@@ -297,7 +297,7 @@ def test_what_is_no_save_of_this_run_is_passed_over(world, tmp_path, capsys):
     (run / "step-notes").mkdir()
     capsys.readouterr()
     train.main(parts)
-    said, passed = capsys.readouterr().out, "is damaged, or of another run, and is passed over"
+    said = capsys.readouterr().out
     assert (
         said.count("is damaged, or of another run, and is passed over") == 2 and "of which 3 are done" in said
     )
