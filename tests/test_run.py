@@ -729,7 +729,7 @@ def test_kill_9_at_random_moments(world, tmp_path):
         code = int(next(line for line in driver.stdout if line.strip().lstrip("-").isdigit()))
         killed += code == -signal.SIGKILL
         assert code in (0, -signal.SIGKILL), driver.stderr
-        saves = [int(folder.name[5:]) for folder in run_folder.glob("step-*") if resume.is_whole(folder)]
+        saves = [int(folder.name[5:]) for folder in run_folder.glob("step-*") if resume.whole(folder)]
         seen.append(max(saves, default=0 if not (tmp_path / "parts/x/stage2").exists() else 240))
         assert seen[-1] >= seen[-2], "a save was lost"
 
