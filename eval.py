@@ -47,8 +47,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     less = "a smaller --batch-size, fewer --workers or --precision bf16 need less"
-    only_talks = (sys.argv[1:] if argv is None else argv)[:1] == ["chat"]
-    with one_sentence(less=less, without_reader=not only_talks):
+    command = (sys.argv[1:] if argv is None else argv)[:1]
+    going_on = "; the same command goes on with the answers so far" * (command == ["bench"])
+    with one_sentence(less=less, going_on=lambda: going_on, without_reader=command != ["chat"]):
         args = parse_args(argv)
         if args.command == "bench":
             with ranks_of_torchrun("gloo", timeout=timedelta(days=7)):  # ranks wait at barriers

@@ -132,6 +132,19 @@ def test_a_worker_that_is_killed(monkeypatch):
     assert not program.multiprocessing.active_children()
 
 
+def test_bench_says_that_it_goes_on_after_a_worker_was_killed(small, tmp_path, monkeypatch):
+    where = ["--annotations", small / "test", "--images", small / "images", "--workers", 1]
+    where += ["--model", ROOT / "tiny/teacher", "--answers", tmp_path / "a.jsonl", "--batch-size", 2]
+
+    def killed(*_):
+        os.kill(program.multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(5)
+
+    monkeypatch.setattr(evaluation.answers, "choose", killed)
+    said = refused(evaluation.main, "one of --workers was killed", ["bench", "sugarcrepe", *where])
+    assert said.endswith("; the same command goes on with the answers so far")
+
+
 @pytest.mark.slow
 def test_bench_ends_when_a_worker_does(small, tmp_path):
     """A picture that cannot be decoded, prepared by a worker; no process outlives it."""
