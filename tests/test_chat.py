@@ -551,6 +551,12 @@ def test_ctrl_d_ends_and_lines_have_a_history(endless, tmp_path):
         assert terminal.type("\x04").status() == 0
 
 
+def test_closed_standard_input_is_one_sentence(endless):
+    shell = ["sh", "-c", 'exec "$@" <&-', "sh", *map(str, command("--model", endless))]
+    done = subprocess.run(shell, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: standard input is closed"), done.stderr
+
+
 def test_a_reader_who_has_seen_enough(endless):
     """As `| head -c 8` does it: the program ends without a word."""
     argv = command("--model", endless, "--question", "What?", "--max-new-tokens", 90_000)

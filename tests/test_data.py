@@ -465,6 +465,12 @@ def test_pictures_are_turned_upright(tmp_path, orientation, format):
         np.testing.assert_allclose(np.asarray(open_picture(image)).astype(int), upright, atol=4)
 
 
+def test_floats_of_a_portable_float_map(tmp_path):
+    values = np.array([[0.2, 1.0]], dtype="<f4")
+    (tmp_path / "a.pfm").write_bytes(b"Pf\n2 1\n-1.0\n" + values.tobytes())
+    assert np.asarray(open_picture(tmp_path / "a.pfm"))[0, :, 0].tolist() == [51, 255]
+
+
 @pytest.mark.parametrize("value", [-1, 65536, float("nan"), float("inf")])
 def test_grey_of_no_known_range_is_refused(tmp_path, value):
     Image.fromarray(np.array([[0, value]], dtype=np.float32)).save(tmp_path / "a.tif")
@@ -503,6 +509,9 @@ def test_metadata_of_any_size_does_not_cost_the_picture(tmp_path):
     picture.save(tmp_path / "a.png", pnginfo=texts, icc_profile=b"profile " * 400_000)
     np.testing.assert_array_equal(open_picture(tmp_path / "a.png"), picture)
     content = (tmp_path / "a.png").read_bytes()
+    short = b"\0\0\0\1gAMA\0" + struct.pack(">I", zlib.crc32(b"gAMA\0"))  # of four bytes
+    (tmp_path / "gamma.png").write_bytes(content[:33] + short + content[33:])
+    np.testing.assert_array_equal(open_picture(tmp_path / "gamma.png"), picture)
     (tmp_path / "cut.png").write_bytes(content[:-30])
     with pytest.raises(BadInput, match="cut.png cannot be read"):  # still no picture
         open_picture(tmp_path / "cut.png")

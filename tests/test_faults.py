@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from PIL import Image
 from safetensors.torch import load_file as load
@@ -27,7 +28,7 @@ from evals import pictures
 from support import checkpoint, files, loading, program, ranks, world
 from support.errors import BadInput, one_line, told
 from tiny import students
-from training import recipes
+from training import log, recipes
 
 ROOT = Path(model.__file__).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -293,6 +294,13 @@ def test_nothing_to_learn_stops_with_the_cause(small, tmp_path):
     )
 
 
+def test_attention_without_a_picture_is_refused(small, tmp_path):
+    argv = command(
+        small, tmp_path, *written(tmp_path, [talk("What?", "yes")] * 5), "--steps", 2, "--stage", 2
+    )
+    refused(train.main, "no record has a picture, over which L_ADL compares attention", argv)
+
+
 def test_a_gradient_of_nothing_stops(small, tmp_path, monkeypatch):
     def nothing(module, norm):
         for parameter in module:
@@ -365,6 +373,34 @@ def test_a_pipe_as_picture_data_or_answers_is_not_waited_for(small, tmp_path):
     refused(train.main, "a pipe or a device", [*command(small, tmp_path), "--data", tmp_path / "pipe"])
     bench = ["bench", "sugarcrepe", "--annotations", small / "test", "--score-only", tmp_path / "pipe"]
     refused(evaluation.main, "a pipe or a device", bench)
+
+
+def test_links_in_a_circle_are_one_sentence(small, tmp_path):
+    folder, loop = shutil.copytree(small, tmp_path / "w"), tmp_path / "loop"
+    loop.symlink_to(loop)
+    (folder / "images/test-0.png").unlink()
+    (folder / "images/test-0.png").symlink_to("test-0.png")
+    where = ["--annotations", folder / "test", "--model", ROOT / "tiny/teacher", "--limit", 1]
+    refused(
+        evaluation.main,
+        "pictures are missing",
+        ["bench", "sugarcrepe", *where, "--images", folder / "images"],
+    )
+    bench = ["bench", "sugarcrepe", *where, "--images", small / "images", "--answers", tmp_path / "a.jsonl"]
+    evaluation.main([*map(str, bench), "--out", str(loop)])
+    assert json.loads(loop.read_text())["benchmark"] == "sugarcrepe"  # in place of the link
+    with pytest.raises(BadInput, match="test-0.png cannot be read as a picture .*symbolic links"):
+        data.open_picture(data.inside(folder / "images", "test-0.png"))
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(OSError, match="a pipe or a device"):
+        log.drop_rows_after(tmp_path / "log.jsonl", 0)
+
+
+def test_a_tokenizer_that_cannot_write_every_word(tmp_path):
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<|endoftext|>": 0, "yes": 1}, unk_token="?"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(BadInput, match="'why' is beyond this tokenizer.json"):
+        data.text_ids(data.load_tokenizer(tmp_path), "why")
 
 
 def test_byte_order_marks_are_no_content(small, tmp_path):
