@@ -3,6 +3,7 @@
 Shapes: R text rows, P visual tokens.
 """
 
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -120,11 +121,21 @@ def font_for(letters: str) -> tuple[ImageFont.FreeTypeFont, str]:
 def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
     """The fonts that are installed."""
     for folder in FONTS:
-        for file in sorted(Path(folder).expanduser().rglob("*.[to]t[fc]")):
+        files = sorted(Path(folder).expanduser().rglob("*.[to]t[fc]"))
+        for file in sorted(
+            files, key=lambda file: bool(re.search("Bold|Italic|Oblique|Mono|Light", file.name))
+        ):
             try:
                 yield ImageFont.truetype(str(file), 13)
             except OSError:
                 pass  # of a kind that Pillow does not read
+
+
+def within(line: str, font: ImageFont.FreeTypeFont) -> str:
+    """As much of a line as has room over a picture."""
+    while font.getlength(line) > SIDE:
+        line = line[:-1]
+    return line
 
 
 def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
@@ -137,6 +148,7 @@ def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
         for column, (text, image) in enumerate(columns):
             x, y = GAP + column * (SIDE + GAP), GAP + row * (HEAD + SIDE + GAP)
             text = "".join(f"U+{ord(letter):X} " if letter in lacking else letter for letter in text)
+            text = "\n".join(within(line, font) for line in text.split("\n"))
             pen.multiline_text((x, y), text, fill="black", font=font)
             page.paste(image, (x, y + HEAD))
     made = PngImagePlugin.PngInfo()
