@@ -295,8 +295,9 @@ def intervene(
                     out = vlm.lm(inputs_embeds=embeds, attention=guides, logits=False)
                 found[name][way].append(yes_over_no(vlm, out.hidden, last, options))
     joined = {name: {way: torch.cat(x) for way, x in ways.items()} for name, ways in found.items()}
+    models = {"teacher": teacher, **students}
     for name, ways in joined.items():
-        model.finite(torch.cat(list(ways.values())), {"teacher": teacher, **students}[name].name)
+        model.finite(torch.cat(list(ways.values())), models[name].name)
     return {name: {way: x.cpu().numpy() for way, x in ways.items()} for name, ways in joined.items()}
 
 

@@ -268,6 +268,7 @@ def unpack(content: bytes, file: Path) -> None:
     """A picture into a file that appears whole or not at all."""
     if file.exists() and file.stat().st_size == len(content):
         return
+    # not write_atomically, which looks through the folder each time: there are thousands of pictures
     temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}.writing")
     temporary.write_bytes(content)
     os.replace(temporary, file)

@@ -194,13 +194,14 @@ def check_output(file: Path, mark: bytes, inputs: Iterable[Path | None] = ()) ->
     linked = [path for path in inputs if path.exists() and file.exists() and path.samefile(file)]
     if linked or os.path.realpath(file) in map(os.path.realpath, inputs):
         raise BadInput(f"{file} is read by this command, which would write over it; choose another name")
-    if file.exists() and not file.is_file():
+    if not file.exists():
+        return
+    if not file.is_file():
         raise BadInput(f"{file} is a folder or a device, not a file; choose another name")
-    if file.exists():
-        with open_file(file) as handle:
-            head = handle.read(200)
-        if mark not in head and not mark.startswith(head):
-            raise BadInput(f"{file} was not written by this program; choose another name")
+    with open_file(file) as handle:
+        head = handle.read(200)
+    if mark not in head and not mark.startswith(head):
+        raise BadInput(f"{file} was not written by this program; choose another name")
 
 
 def lock_file(file: IO, how: int, taken: str) -> None:

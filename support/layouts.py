@@ -103,6 +103,12 @@ def value(config: dict, name: str, file: Path, default: Any = None) -> Any:
     return found
 
 
+def check_only(config: dict, file: Path) -> None:
+    """BadInput where a field that ONLY names has another value."""
+    for name in config.keys() & ONLY.keys():
+        value(config, name, file)
+
+
 def section(config: dict, name: str, file: Path) -> dict:
     """config[name], or config itself where there is no such part."""
     part = config.get(name, config)
@@ -132,14 +138,13 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
         part.get(name, "default") != "default" for part in (rope, scaling) for name in ("rope_type", "type")
     )
     windows = set(config.get("layer_types") or ()) - {"full_attention"}
-    if value(config, "use_sliding_window", file) or windows or scaled or activation != "silu":
+    if windows or scaled or activation != "silu":
         raise BadInput(
             f"{file}: sliding windows, rope scaling and activations other than silu are not supported"
         )
     if len({x for x in (rope.get("rope_theta"), config.get("rope_theta")) if x is not None}) > 1:
         raise BadInput(f"{file}: rope_theta and that of rope_parameters differ; leave the right one")
-    for name in config.keys() & ONLY.keys():
-        value(config, name, file)
+    check_only(config, file)
     c = to_dataclass(QwenConfig, {"rope_theta": rope.get("rope_theta"), **config}, file)
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
         raise BadInput(
@@ -244,8 +249,7 @@ def read_config(folder: Path) -> VLMConfig:
     if value(config, "tie_word_embeddings", file):  # transformers 5 says it on top only
         own_head = any(name.endswith("lm_head.weight") for name in tensor_names(folder))
         text = replace(text, tie_word_embeddings=text.tie_word_embeddings or not own_head)
-    for name in config.keys() & ONLY.keys():
-        value(config, name, file)
+    check_only(config, file)
     layer, depth = value(config, "vision_feature_layer", file, -2), vision.num_hidden_layers
     if not -depth - 1 <= layer <= depth:
         raise BadInput(f"{file}: vision_feature_layer {layer} of an encoder with {depth} layers")
@@ -273,8 +277,7 @@ def check_companions(folder: Path, side: int) -> None:
         file = folder / name
         config = read_json(file) if os.path.lexists(file) else {}
         config = section(config, "image_processor", file)  # where transformers 5 has it
-        for name in config.keys() & ONLY.keys():
-            value(config, name, file)
+        check_only(config, file)
         size = config.get("size")
         if size not in (None, side, {"height": side, "width": side}):
             raise BadInput(f"{file}: size {f'{size!r}':.60} is not the encoder's, {side} x {side}")
