@@ -27,6 +27,7 @@ from qwen import Output, fused_attention, probabilities
 # ---------------------------------------------------------------- attention: a map and no more
 
 QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit the caches of a CPU
+GPU_SCORES = 1 << 24  # and a GPU takes more at a time, up to this many numbers (B,H,QUERY_ROWS,S)
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,12 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
 
     Each part is computed again in the backward pass: in between only (B,R,P) stays, and nothing with heads.
     """
-    S = k.shape[2]
+    S, step = k.shape[2], QUERY_ROWS
+    if q.is_cuda:
+        step = max(step, GPU_SCORES // (q.shape[0] * q.shape[1] * S))
     parts = [q.new_empty(len(q), 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
-    for start in range(rows.start, rows.stop, QUERY_ROWS):
-        stop = min(start + QUERY_ROWS, rows.stop)
+    for start in range(rows.start, rows.stop, step):
+        stop = min(start + step, rows.stop)
         visible = S - q.shape[2] + stop  # keys; no query of these sees one beyond
         part_mask = None if mask is None else mask[:, :, start:stop, :visible]
         inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S - visible
@@ -95,7 +98,7 @@ def averaged(teacher: Output, student_layers: list[int], matching: str) -> Outpu
 
 # ---------------------------------------------------------------- logits: at the answers, a few at a time
 
-LOGIT_ROWS = 64
+LOGIT_ROWS, GPU_LOGIT_ROWS = 64, 512
 
 
 def answer_losses(
@@ -152,9 +155,10 @@ class _AnswerLosses(torch.autograd.Function):
         dx, w = torch.zeros_like(x), weight.to(x.dtype)
         teacher_w = None if teacher is None else teacher_weight.to(teacher.dtype)
         dw = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(x), LOGIT_ROWS):
-            rows = slice(i, i + LOGIT_ROWS)
-            s = F.linear(x[rows], w).requires_grad_()  # (LOGIT_ROWS,V), a leaf: grad mode is off here
+        step = GPU_LOGIT_ROWS if x.is_cuda else LOGIT_ROWS
+        for i in range(0, len(x), step):
+            rows = slice(i, i + step)
+            s = F.linear(x[rows], w).requires_grad_()  # (step,V), a leaf: grad mode is off here
             with torch.enable_grad():
                 cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
                 divergence = torch.zeros_like(kl)

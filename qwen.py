@@ -112,9 +112,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()  # squares of bfloat16 would lose the small ones
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # which would widen x; inside it is float32
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -239,7 +238,8 @@ class Qwen(nn.Module):
             last = c.num_hidden_layers - 1
             raise ValueError(f"attention of layers {outside}: this model has layers 0 to {last}")
         positions, mask = self._positions_and_mask(x, attention_mask, cache)
-        rope = rope_angles(positions, c.hidden_size // c.num_attention_heads, c.rope_theta)
+        angles = rope_angles(positions, c.hidden_size // c.num_attention_heads, c.rope_theta)
+        rope = tuple(values.to(x.dtype) for values in angles)  # once for all layers
         for i, layer in enumerate(self.model.layers):
             layer_cache = None if cache is None else cache.layers[i]
             inputs = x, rope, mask, layer_cache, attention.get(i, fused_attention)

@@ -87,31 +87,31 @@ class Step(nn.Module):
         attend = explicit_attention  # whole maps (B,H,T,T)
         if self.student_layers and not self.plain:  # or of them what is read, (B,R,P)
             attend, rows = lean.visual_attention_of(batch, self.method.rows)
+        # no attention mask: causality hides padding on the right
+        with torch.no_grad():  # frozen, so held in the dtype of its products
+            z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
+            if teacher is not None:
+                teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)
+                t = teacher.lm(
+                    inputs_embeds=teacher.embed(ids, visual_tokens=teacher_tokens),  # (B,T,C_t)
+                    attention=dict.fromkeys(self.teacher_layers, attend),
+                    logits=self.plain,
+                )
+                if not self.plain:
+                    t = lean.averaged(t, self.student_layers, self.method.matching)
         with parallel.compute_dtype(self.precision, ids.device):
-            # no attention mask: causality hides padding on the right
-            with torch.no_grad():
-                z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
-                if teacher is not None:
-                    teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)
-                    t = teacher.lm(
-                        inputs_embeds=teacher.embed(ids, visual_tokens=teacher_tokens),  # (B,T,C_t)
-                        attention=dict.fromkeys(self.teacher_layers, attend),
-                        logits=self.plain,
-                    )
-                    if not self.plain:
-                        t = lean.averaged(t, self.student_layers, self.method.matching)
             if self.method.taf and teacher is not None:
                 visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z)) (N,P,C_s)
             else:
                 visual_tokens = student.adapter(z)
+            embeds = student.embed(ids, visual_tokens=visual_tokens)  # (B,T,C_s)
             s = student.lm(
-                inputs_embeds=student.embed(ids, visual_tokens=visual_tokens),  # (B,T,C_s)
+                inputs_embeds=embeds.to(DTYPES[self.precision]),  # what flows from layer to layer
                 attention=dict.fromkeys(self.student_layers, attend),
                 logits=self.plain,
             )
         if self.plain:
             return distill.distillation_loss(s, t, batch, self.method, self.weights, totals)
-        s = s._replace(hidden=s.hidden.to(DTYPES[self.precision]))  # the dtype of the head's products
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
         return lean.distillation_loss(s, t, heads, rows, batch, self.method, self.weights, totals)
 

@@ -34,10 +34,12 @@ from evals.readers import YES_NO  # noqa: E402
 from support.world import make_world  # noqa: E402
 
 
-def random_model(shape: str) -> model.VLM:
-    _, vlm = step_bench.build(step_bench.SHAPES[shape], "cpu", torch.float32)
+def random_model(
+    shape: step_bench.Shape, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> model.VLM:
+    _, vlm = step_bench.build(shape, device, dtype)
     folder = ROOT / "tiny" / "teacher"
-    if "SHARED" in os.environ:
+    if "SHARED" in os.environ and shape.student.vocab_size > 151_000:
         folder = Path(os.environ["SHARED"]) / "data" / "qwen1.5-tokenizer"
     vlm.tokenizer = data.load_tokenizer(folder)
     return vlm.eval()
@@ -66,8 +68,8 @@ def plain_choice(vlm: model.VLM, questions: list[answers.Line]) -> list[str]:
     for question in questions:
         options = scorers.option_tokens(vlm, question.options)
         sample = scorers.prompt(vlm, question.picture, question.line["prompt"])
-        ids = torch.tensor([[*sample["input_ids"], *options.lead]])
-        hidden = vlm(ids, sample["pixel_values"][None], logits=False).hidden
+        ids = torch.tensor([[*sample["input_ids"], *options.lead]], device=vlm.device)
+        hidden = vlm(ids, sample["pixel_values"][None].to(vlm.device), logits=False).hidden
         logits = vlm.lm.head(hidden[0, -1])
         replies.append(max(zip(options.tokens, options.names), key=lambda some: logits[some[0]].max())[1])
     return replies
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     args = parser.parse_args()
-    vlm = random_model(args.shape) if args.shape else model.load(ROOT / "tiny" / "teacher")
+    vlm = random_model(step_bench.SHAPES[args.shape]) if args.shape else model.load(ROOT / "tiny" / "teacher")
     number = args.items or (8 if args.shape else 280)
     ways = {
         "generate 32": one_at_a_time,

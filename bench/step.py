@@ -26,7 +26,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,14 +41,16 @@ sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import distill  # noqa: E402
 import train  # noqa: E402
-from model import VLM  # noqa: E402
+from model import DTYPES, VLM  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
 from siglip import SiglipConfig  # noqa: E402
 from support.layouts import VLMConfig  # noqa: E402
 from support.program import number  # noqa: E402
 from training import recipes  # noqa: E402
 from training.log import peak_memory  # noqa: E402
+from training.lora import add_lora  # noqa: E402
 from training.models import compile_layers  # noqa: E402
+from training.parallel import compute_dtype  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,18 @@ VARIANTS = {  # name -> flags of train.py, or of the straightforward way: losses
 # ---------------------------------------------------------------- models and batch
 
 
-def build(shape: Shape, device: str, dtype: torch.dtype) -> tuple[VLM, VLM]:
-    """Student (TAF, its language model and P_s trained) and frozen teacher with seeded random weights."""
+def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") -> tuple[VLM, VLM]:
+    """Student (with TAF) and frozen teacher, with seeded random weights.
+
+    What is trained is float32, P_s and the language model (full) or its low-rank adaptation (lora); `frozen`
+    is the dtype of all else.
+    """
     with torch.device("meta"):
         teacher, lm = VLM(VLMConfig(shape.vision, shape.teacher)), Qwen(shape.student)
-    teacher = teacher.to(dtype).to_empty(device=device)
-    lm = lm.to(dtype).to_empty(device=device)
+    teacher = teacher.to(frozen).to_empty(device=device)
+    lm = lm.to(torch.float32 if tune == "full" else frozen).to_empty(device=device)
     student = VLM.assemble(teacher.vision, lm, None, teacher, taf=True)
+    student.adapter.student.float()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for module in (teacher, lm, student.adapter.student):
@@ -122,8 +131,9 @@ def build(shape: Shape, device: str, dtype: torch.dtype) -> tuple[VLM, VLM]:
                     tensor.normal_(0, std, generator=generator)
     teacher.requires_grad_(False)
     student.requires_grad_(False).train()
-    for module in (lm, student.adapter.student):
-        module.requires_grad_(True)
+    student.adapter.student.requires_grad_(True)
+    if tune == "full":
+        lm.requires_grad_(True)
     return student, teacher
 
 
@@ -169,7 +179,7 @@ def forward(vlm: VLM, batch: dict, labels: Tensor | None = None):
         z = vlm.vision(pixels, output_hidden_states=True).hidden_states[vlm.config.vision_layer]
     placeholder = ids == data.IMAGE_TOKEN
     embeds = vlm.lm.get_input_embeddings()(ids.masked_fill(placeholder, 0))
-    embeds = embeds.masked_scatter(placeholder[..., None], vlm.adapter(z))
+    embeds = embeds.masked_scatter(placeholder[..., None], vlm.adapter(z).to(embeds.dtype))
     return vlm.lm(
         inputs_embeds=embeds,
         attention_mask=batch["attention_mask"],
@@ -185,8 +195,8 @@ def visual_maps(attentions: tuple[Tensor, ...], columns: Tensor) -> Tensor:
     return maps.gather(3, columns[None, :, None, :].expand(len(maps), -1, maps.shape[2], -1))
 
 
-def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.Optimizer, losses_of: str):
-    """One optimizer step -> losses, gradient norm; what train.py does, the way that one would write first."""
+def plain_losses(student: VLM, teacher: VLM, batch: dict, losses_of: str) -> dict[str, Tensor]:
+    """The losses of a step, the way that one would write first."""
     with torch.no_grad():
         t = forward(teacher, batch)
     labels, columns = batch["labels"], batch["visual_columns"]
@@ -207,72 +217,83 @@ def plain_step(student: VLM, teacher: VLM, batch: dict, optimizer: torch.optim.O
         kl, _ = distill.kl_loss(s.logits, t.logits, labels)
         lm, kl = lm / number, kl / number
     adl, count = distill.visual_attention_loss(s_maps, t_maps, rows)
-    losses = {"lm": lm, "kl": kl, "adl": adl / count}
-    norm = optimizer_step(sum(losses.values()), optimizer)
-    return {name: loss.detach() for name, loss in losses.items()}, norm
-
-
-def our_step(module: train.Step, batch: dict, optimizer: torch.optim.Optimizer):
-    """One optimizer step of train.py on one device -> losses, gradient norm."""
-    totals = distill.loss_counts(batch, module.method, module.weights)
-    loss, terms = module(batch, totals)
-    losses = {name: term.sum.detach() / term.count for name, term in terms.items()}
-    return losses, optimizer_step(loss, optimizer)
-
-
-def optimizer_step(loss: Tensor, optimizer: torch.optim.Optimizer) -> float:
-    """Backward, clipping, AdamW -> the gradient norm."""
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return {"lm": lm, "kl": kl, "adl": adl / count}
 
 
 # ---------------------------------------------------------------- measuring
 
 
-def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespace, k: int) -> None:
-    """A process that builds one variant and does a step for every message. k: match only the first k of the
-    student's layers, 0 = all that the flags say.
+class Variant:
+    """Models, batch and optimizer of one variant, ready for steps; everything on the device is in here.
+
+    flags: of train.py, or of the straightforward way. k: match only the first k of the student's layers,
+    0 = all that the flags say.
     """
-    torch.set_num_threads(options.threads)
-    device, dtype = options.device, getattr(torch, options.dtype)
-    student, teacher = build(shape, device, dtype)
-    batch = make_batch(shape, device)
-    plain = isinstance(flags, str)
-    if plain:
-        teacher.vision, teacher.lm = to_transformers(teacher)
-        student.vision, student.lm = to_transformers(student)  # its own copy of the vision encoder
-        student.adapter.teacher = copy.deepcopy(teacher.adapter)
-        teacher.requires_grad_(False)
-    else:
+
+    def __init__(
+        self, flags: list[str] | str, shape: Shape, device: str, precision: str, tune: str, k: int = 0
+    ):
+        self.device, self.batch = device, make_batch(shape, device)
+        self.student, self.teacher = student, teacher = build(shape, device, DTYPES[precision], tune)
+        straightforward = isinstance(flags, str)
         if k:  # no flag says how many; Step asks here
             choose = distill.choose_layers
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
-        args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *flags])
+        ours = ["--tune", tune, "--precision", precision, *([] if straightforward else flags)]
+        args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *ours])
         c = recipes.configure("2", args, ranks=1)
-        precision = {"float32": "fp32", "bfloat16": "bf16"}[options.dtype]
-        module = train.Step(student, teacher, c.method, c.weights, c.plain, precision)
-        student.lm.checkpointing = c.gradient_checkpointing
-        if c.compile:
-            compile_layers(student, teacher)
-    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-5, weight_decay=0.0, fused=True)
-    weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
-    static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # what is measured begins with models that are built
+        if straightforward:
+            teacher.vision, teacher.lm = to_transformers(teacher)
+            student.vision, student.lm = to_transformers(student)  # its own copy of the vision encoder
+            student.adapter.teacher = copy.deepcopy(teacher.adapter)
+            teacher.requires_grad_(False)
+        if tune == "lora":
+            add_lora(student.lm.model.layers, c.lora_rank, c.lora_alpha, 0.0)
+        self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, weight_decay=0.0, fused=True)
+        if straightforward:
+            self.losses = partial(plain_losses, student, teacher, losses_of=flags)
+            self.context = compute_dtype(precision, torch.device(device))
+        else:
+            self.losses = train.Step(student, teacher, c.method, c.weights, c.plain, precision)
+            self.context = nullcontext()  # Step has its own
+            student.lm.checkpointing = c.gradient_checkpointing
+            if c.compile:
+                compile_layers(student, teacher)
+        weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
+        self.static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # what is measured begins with models that are built
+
+    def step(self) -> dict:
+        """One optimizer step: forward, backward, clipping, AdamW -> seconds, losses, bytes."""
+        started, step = clock(self.device), self.losses
+        with self.context:
+            if isinstance(step, train.Step):  # as train.py does it on one device
+                loss, terms = step(self.batch, distill.loss_counts(self.batch, step.method, step.weights))
+                losses = {name: term.sum.detach() / term.count for name, term in terms.items()}
+            else:
+                losses = step(self.batch)
+                loss = sum(losses.values())
+                losses = {name: loss.detach() for name, loss in losses.items()}
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = {name: loss.item() for name, loss in (losses | {"norm": norm}).items()}
+        seconds = clock(self.device) - started
+        return {
+            "seconds": seconds, "losses": losses, "peak": peak_memory(self.device), "static": self.static
+        }  # fmt: skip
+
+
+def worker(pipe, flags: list[str] | str, shape: Shape, options: argparse.Namespace, k: int) -> None:
+    """A process that builds one variant and does a step for every message."""
+    torch.set_num_threads(options.threads)
+    variant = Variant(flags, shape, options.device, options.precision, options.tune, k)
     pipe.send("ready")
     while pipe.recv():
-        started = clock(device)
-        if plain:
-            losses, norm = plain_step(student, teacher, batch, optimizer, flags)
-        else:
-            losses, norm = our_step(module, batch, optimizer)
-        seconds = clock(device) - started
-        losses = {name: float(loss) for name, loss in losses.items()} | {"norm": norm}
-        pipe.send({"seconds": seconds, "losses": losses, "peak": peak_memory(device), "static": static})
+        pipe.send(variant.step())
 
 
 def clock(device: str) -> float:
@@ -342,13 +363,13 @@ def show(rows: list[list[str]]) -> None:
 
 def about(options: argparse.Namespace) -> str:
     device = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    where = f"torch {torch.__version__}, {device}, {options.threads} threads, {options.dtype}"
+    where = f"torch {torch.__version__}, {device}, {options.threads} threads, {options.precision}"
     return f"shape {options.shape_name}: {where}; median of {options.rounds} steps"
 
 
 def write(options: argparse.Namespace, **results) -> None:
     if options.out:
-        names = ("device", "dtype", "threads", "rounds", "shape_name")
+        names = ("device", "precision", "tune", "threads", "rounds", "shape_name")
         settings = {name: getattr(options, name) for name in names} | {"torch": torch.__version__}
         options.out.write_text(json.dumps(settings | {"shape": asdict(options.shape)} | results, indent=1))
 
@@ -359,10 +380,10 @@ def write(options: argparse.Namespace, **results) -> None:
 def step(options: argparse.Namespace) -> None:
     """Every variant beside ours: in the same rounds on the CPU, one after the other on cuda."""
     shape, rates = options.shape, []
-    common, flops = most_common(shape), sum(row[1] for row in count(shape))
+    common, flops = most_common(shape), sum(row[1] for row in count(shape, tune=options.tune))
 
     def between() -> None:
-        rates.append(matmul_rate(*common, options.device, getattr(torch, options.dtype)))
+        rates.append(matmul_rate(*common, options.device, DTYPES[options.precision]))
 
     def run(*names: str) -> dict[str, dict]:
         return measure({name: (VARIANTS[name], shape, 0) for name in names}, options, between)
@@ -394,7 +415,7 @@ def step(options: argparse.Namespace) -> None:
     print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")
     print(f"ours {times[0]:.2f} times the floor, transformers {times[1]:.2f}")
 
-    agree, tolerance = True, 1e-4 if options.dtype == "float32" else 2e-2
+    agree, tolerance = True, 1e-4 if options.precision == "fp32" else 2e-2
     print(f"first step{'':6}transformers        ours  difference")
     for name, value in rows[plain]["losses"].items():
         other = rows[ours]["losses"][name]
@@ -429,8 +450,10 @@ def vat(options: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- counting
 
+RANK = 128  # of the low-rank adaptation, recipes' default
 
-def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
+
+def matmuls(shape: Shape, tune: str = "full") -> list[tuple[str, int, int, int, int]]:
     """The matrix products of a step but for attention: (part, M, K, N, times), (M,K) @ (K,N), 2MKN FLOPs."""
     v, s, t = shape.vision, shape.student, shape.teacher
     patches, rows = shape.batch * v.num_patches, shape.batch * shape.tokens
@@ -457,10 +480,14 @@ def matmuls(shape: Shape) -> list[tuple[str, int, int, int, int]]:
         ("student head, answers only", answers, head),
     ]
     products = [(part, M, K, N, times) for part, M, widths in forward for K, N, times in widths]
+    if tune == "lora":
+        for K, N, times in layers(s):
+            products += [("LoRA", rows, K, RANK, times), ("LoRA", rows, RANK, N, times)]
+    trained = ("student", "P_s") if tune == "full" else ("LoRA", "P_s")
     for part, M, K, N, times in list(products):
-        if part.startswith(("student", "P_s")):
+        if part.startswith(trained):
             products.append((f"{part}, backward", K, M, N, times))  # of the weights
-        if part.startswith("student"):
+        if part.startswith(("student", "LoRA")):
             products.append((f"{part}, backward", M, N, K, times))  # of the input
     return products
 
@@ -490,12 +517,12 @@ def attention(shape: Shape, queries: str = "all") -> list[tuple[str, int, int, i
     ]
 
 
-def count(shape: Shape, queries: str = "all") -> list[tuple[str, int, int, int]]:
+def count(shape: Shape, queries: str = "all", tune: str = "full") -> list[tuple[str, int, int, int]]:
     """Matmuls by part, then attention: (part, FLOPs, FLOPs if causality saves nothing, bytes). A matmul's
     operands are read once and its result is written once.
     """
     flops, moved = Counter(), Counter()
-    for part, M, K, N, times in matmuls(shape):
+    for part, M, K, N, times in matmuls(shape, tune):
         flops[part] += 2 * M * K * N * times
         moved[part] += 4 * (M * K + K * N + M * N) * times
     return [(part, flops[part], flops[part], moved[part]) for part in flops] + attention(shape, queries)
@@ -646,7 +673,8 @@ def main() -> None:
             )
             command.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads())
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-            command.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+            command.add_argument("--precision", choices=list(DTYPES), default="fp32")
+            command.add_argument("--tune", choices=["full", "lora"], default="full")
             command.add_argument("--out", type=Path, help="write all numbers there, JSON")
     commands.add_parser("data").add_argument("--size", type=int, default=384, help="(default: %(default)s)")
     options = parser.parse_args()

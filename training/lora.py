@@ -28,7 +28,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A)  # (..., r)
-        return super().forward(x) + self.scale * F.linear(low, self.lora_B)
+        return super().forward(x) + F.linear(self.scale * low, self.lora_B)  # the narrow side is scaled
 
 
 def add_lora(layers: nn.Module, rank: int, alpha: float, dropout: float) -> None:
