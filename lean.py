@@ -66,7 +66,9 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
 
 def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, hidden_keys: int) -> Tensor:
     """The map of these queries; the keys after those that they see have no attention."""
-    head_mean = F.pad(probabilities(q, k, mask).mean(1), (0, hidden_keys))  # (B,T,S), T of these queries
+    attention = probabilities(q, k, mask, q.dtype)  # in bfloat16 half the bytes; the sum is float32
+    head_mean = attention.sum(1, dtype=torch.float32) / q.shape[1]
+    head_mean = F.pad(head_mean, (0, hidden_keys))  # (B,T,S), T of these queries
     return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
 
 

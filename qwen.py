@@ -72,30 +72,31 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> 
     return attention.to(v.dtype) @ v, attention
 
 
-def probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """A = softmax(QK^T / sqrt(D)) in float32: q (B,H,T,D), k (B,H,S,D) -> (B,H,T,S).
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A = softmax(QK^T / sqrt(D)), computed in float32: q (B,H,T,D), k (B,H,S,D) -> (B,H,T,S) in `dtype`.
 
     mask True = may see; None = causal, where the last of the T queries sees all S keys.
     """
     T, S = q.shape[2], k.shape[2]
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if mask is None:  # only the last T keys hide from anyone: query i sees the first i + 1 of them
-        future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
-        scores[..., S - T :].masked_fill_(future, float("-inf"))
-    else:
-        scores.masked_fill_(~mask, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32)
+    with torch.no_grad():  # where A is 0 the softmax gives no gradient: there is nothing to remember
+        if mask is None:  # only the last T keys hide from anyone: query i sees the first i + 1 of them
+            future = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+            scores[..., S - T :].masked_fill_(future, float("-inf"))
+        else:
+            scores.masked_fill_(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=dtype)
 
 
 def rope_angles(positions: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin (B,1,T,D) at positions (B,T): channel pair (i, i + D/2) turns by p * theta^(-2i/D)."""
+    """cos and sin (B,T,1,D) at positions (B,T): channel pair (i, i + D/2) turns by p * theta^(-2i/D)."""
     frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
-    angles = positions[:, None, :, None].float() * frequencies  # (B,1,T,D/2)
+    angles = positions[:, :, None, None].float() * frequencies  # (B,T,1,D/2)
     return torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x (B,H,T,D)."""
+    """Rotary position embedding (arXiv 2104.09864) of x (B,T,H,D)."""
     first, second = x.chunk(2, -1)
     return x * cos.to(x.dtype) + torch.cat([-second, first], -1) * sin.to(x.dtype)
 
@@ -136,10 +137,10 @@ class Attention(nn.Module):
         attend: AttentionFunction,
     ) -> tuple[Tensor, Tensor | None]:
         """x (B,T,C) -> (B,T,C), and what `attend` returns of the attention."""
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B,T,C) -> (B,H,T,D)
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))  # (B,T,C) -> (B,T,H,D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, *rope), rotate(k, *rope), v))  # -> (B,H,T,D)
         if cache is not None:  # this layer's [k, v] of the tokens before, extended in place
             cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v))] if cache else [k, v]
             k, v = cache

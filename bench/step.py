@@ -134,6 +134,7 @@ def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") ->
     student.adapter.student.requires_grad_(True)
     if tune == "full":
         lm.requires_grad_(True)
+    torch.manual_seed(0)  # of the low-rank adaptation, which comes later
     return student, teacher
 
 

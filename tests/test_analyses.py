@@ -261,10 +261,9 @@ def slow_logits(vlm, question, goals, share):
     for layer, block in enumerate(vlm.lm.model.layers):
         h, attention = block.input_layernorm(x), block.self_attn
         q, k, v = (
-            proj(h).view(1, T, -1, D).transpose(1, 2)
-            for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+            proj(h).view(1, T, -1, D) for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (y.transpose(1, 2) for y in (rotate(q, *rope), rotate(k, *rope), v))
         out = torch.zeros(1, T, H, D)
         for head in range(H):
             shared = head * k.shape[1] // H

@@ -90,7 +90,9 @@ def test_other_rows_are_never_computed(monkeypatch):
     shapes, plain = [], lean.probabilities
     monkeypatch.setattr(lean, "QUERY_ROWS", 2)
     monkeypatch.setattr(
-        lean, "probabilities", lambda q, k, m: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, m)
+        lean,
+        "probabilities",
+        lambda q, k, *rest: shapes.append((q.shape[2], k.shape[2])) or plain(q, k, *rest),
     )
     with torch.no_grad():
         tiny()(IDS, attention=seen(slice(3, 8), 1))
