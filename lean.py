@@ -27,7 +27,8 @@ from qwen import Output, fused_attention, probabilities
 # ---------------------------------------------------------------- attention: a map and no more
 
 QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit the caches of a CPU
-GPU_SCORES = 1 << 24  # and a GPU takes more at a time, up to this many numbers (B,H,QUERY_ROWS,S)
+GPU_SCORES = 1 << 26  # and a GPU is kept busy by more: at most so many numbers (B,H,rows,S) at one time
+ALIGN = {"cpu": 1, "cuda": 8}  # matrices of 8 n rows and columns: a GPU multiplies others much slower
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,29 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
 
     Each part is computed again in the backward pass: in between only (B,R,P) stays, and nothing with heads.
     """
-    S, step = k.shape[2], QUERY_ROWS
-    if q.is_cuda:
-        step = max(step, GPU_SCORES // (q.shape[0] * q.shape[1] * S))
-    parts = [q.new_empty(len(q), 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
-    for start in range(rows.start, rows.stop, step):
+    (B, H, T, _), S, n = q.shape, k.shape[2], ALIGN[q.device.type]
+    step = max(n, GPU_SCORES // (B * H * S) // n * n) if q.is_cuda else QUERY_ROWS
+    first = rows.start - rows.start % n
+    parts = [q.new_empty(B, 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
+    for start in range(first, rows.stop, step):
         stop = min(start + step, rows.stop)
-        visible = S - q.shape[2] + stop  # keys; no query of these sees one beyond
+        visible = S - T + stop  # keys; no query of these sees one beyond
         part_mask = None if mask is None else mask[:, :, start:stop, :visible]
-        inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S - visible
+        inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S
         parts.append(checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts, 1)
+    return torch.cat(parts, 1)[:, rows.start - first :]
 
 
-def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, hidden_keys: int) -> Tensor:
-    """The map of these queries; the keys after those that they see have no attention."""
+def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, keys: int) -> Tensor:
+    """The map of these queries; the keys after those that they see, up to `keys`, have no attention."""
+    (_, H, R, _), visible = q.shape, k.shape[2]
+    more = -visible % ALIGN[q.device.type] if mask is None else 0
+    if more:  # as many queries as keys, so that they see what they saw
+        q, k = (F.pad(x, (0, 0, 0, more)) for x in (q, k))
     attention = probabilities(q, k, mask, q.dtype)  # in bfloat16 half the bytes; the sum is float32
-    head_mean = attention.sum(1, dtype=torch.float32) / q.shape[1]
-    head_mean = F.pad(head_mean, (0, hidden_keys))  # (B,T,S), T of these queries
-    return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
+    head_mean = attention.sum(1, dtype=torch.float32)[:, :R, :visible] / H
+    head_mean = F.pad(head_mean, (0, keys - visible))  # (B,R,S), R of these queries
+    return head_mean.gather(2, columns[:, None, :].expand(-1, R, -1))
 
 
 def shortest_slice(rows: Tensor) -> slice:

@@ -13,6 +13,7 @@ traceback is a row) or is stopped loses no other. In the order of what they are 
     real      Qwen1.5-4B -> 1.8B: seconds, memory, MFU (model FLOPs utilization) of ours and of the
               straightforward way with transformers (bench/step.py), at batch 1, 4 and the largest that fits
     budget    the scripts in runs/, with the memory of one 24 GB card
+    repeat    whether the real pair's steps repeat to the bit
     kernels   where the time of a step goes, with and without attention alignment
     scoring   items a second of eval.py at the size of the 1.8B student, beside one answer at a time
     compiled  torch.compile beside none
@@ -250,30 +251,29 @@ def ranks(o: argparse.Namespace) -> Iterator[dict]:
         start = ["--stage", 2, "--student", folder / "first/stage1", "--out", folder, "--log-every", 5]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
 
-        def go(name: str, *flags, stop: bool = False) -> dict:
-            words = [] if name.startswith("alone") else torchrun
-            flags = ["train.py", *start, "--name", name, "--steps", 20, *flags]
-            if stop:
-                command(*words, *flags, "--stop-after", 10)
-            command(*words, *flags)
+        def go(name: str, *flags) -> dict:
+            words = ["train.py", *start, "--name", name, "--steps", 20, *flags]
+            if not name.startswith("alone"):
+                words = [*torchrun, *words]
+                command(*words, "--stop-after", 10)
+            command(*words)
             return losses_of(folder / name / "stage2")
 
         with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-            for precision in DTYPES:
-                flags = ("--precision", precision)
-                alone = pool.submit(go, f"alone-{precision}", *flags)
-                runs = {
-                    kind: pool.submit(go, f"{kind}-{precision}", *flags, "--parallel", kind, stop=True)
-                    for kind in ("ddp", "fsdp")
-                }
-                for kind, run in runs.items():
-                    off = largest_difference(run.result(), alone.result())
-                    ok = off < (1e-4 if precision == "fp32" else 5e-2)
-                    yield {
-                        "what": f"{kind}, stopped and resumed, beside one process, {precision}",
-                        "off": off,
-                        "ok": ok,
-                    }
+            runs = {
+                (kind, precision): pool.submit(go, f"{kind}-{precision}", "--precision", precision, *flags)
+                for kind, flags in (
+                    ("alone", ()),
+                    ("ddp", ("--parallel", "ddp")),
+                    ("fsdp", ("--parallel", "fsdp")),
+                )
+                for precision in DTYPES
+            }
+            for (kind, precision), run in runs.items():
+                if kind != "alone":
+                    off = largest_difference(run.result(), runs["alone", precision].result())
+                    what = f"{kind}, stopped and resumed, beside one process, {precision}"
+                    yield {"what": what, "off": off, "ok": off < (1e-4 if precision == "fp32" else 5e-2)}
 
 
 # ---------------------------------------------------------------- real: speed and memory of the real pair
@@ -285,7 +285,7 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 1.5) -> dict | None:
+def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 1.0) -> dict | None:
     """Steps of this batch: after the warm-up at least two -> a row; None where memory does not hold them."""
     release(variant.device)
     try:
@@ -319,22 +319,32 @@ def rates(o: argparse.Namespace) -> tuple[dict, float]:
     return row | {f"matmul_{'x'.join(map(str, common))}_tflops": often / 1e12}, large
 
 
-CHECKPOINTING, NO_VAT = ["--gradient-checkpointing"], ["--vat-loss", "none"]
-ALL, MORE = (1, 4, 8, 16, 32, 64), (1, 4, 16)  # batches, up to the first that does not fit
+CHECKPOINTING, NO_VAT, TEXT = ["--gradient-checkpointing"], ["--vat-loss", "none"], ["--vat-queries", "text"]
+
+
+REAL = {
+    "lora": {
+        "ours": ([], (1, 4, 16, 32)),
+        "transformers": ("all", (1, 4, 8, 16)),
+        "transformers, answers": ("answers", (16, 32)),
+        "ours, no VAT": (NO_VAT, (1, 4, 16, 32)),
+        "ours, text rows": (TEXT, (16,)),
+        "ours, checkpointing": (CHECKPOINTING, (4, 8, 32)),
+    },
+    "full": {
+        "ours": ([], (1, 4, 8, 16, 32)),
+        "transformers": ("all", (1, 4, 8, 16)),
+        "ours, no VAT": (NO_VAT, (4, 16)),
+        "ours, checkpointing": (CHECKPOINTING, (4, 8, 32)),
+    },
+}  # tuning -> variant -> flags, batches: up to the first that does not fit
 
 
 def real(o: argparse.Namespace) -> Iterator[dict]:
     row, rate = rates(o)
     yield row
-    for tune in ("lora", "full"):
-        for name, flags, batches in (
-            ("ours", [], ALL),
-            ("transformers", "all", ALL),
-            ("ours, no VAT", NO_VAT, MORE),
-            ("ours, checkpointing", CHECKPOINTING, ALL),
-            ("ours, text rows", ["--vat-queries", "text"], (4, 16)),
-            ("transformers, answers", "answers", (1, 4, 8, 16)),
-        ):
+    for tune, ways in REAL.items():
+        for name, (flags, batches) in ways.items():
             yield from points(f"{tune}, {name}", flags, batches, tune, rate, o)
 
 
@@ -357,8 +367,26 @@ def compiled(o: argparse.Namespace) -> Iterator[dict]:
     row, rate = rates(o)
     yield row
     for tune in ("lora", "full"):
-        yield from points(f"{tune}, ours, eager", [], (16,), tune, rate, o)
-        yield from points(f"{tune}, ours, compiled", ["--compile"], (16,), tune, rate, o, warm_up=2)
+        yield from points(f"{tune}, ours, eager", [], (32,), tune, rate, o)
+        yield from points(f"{tune}, ours, compiled", ["--compile"], (32,), tune, rate, o, warm_up=2)
+
+
+def repeatable(o: argparse.Namespace) -> Iterator[dict]:
+    """Whether three steps of the real pair give the same bits twice, and what it costs to make sure."""
+    shape = replace(o.shape, batch=2)
+    for sure in (False, True):
+        torch.use_deterministic_algorithms(sure, warn_only=True)
+        weights, seconds = [], []
+        for _ in range(2):
+            release(o.device)
+            variant = Variant([], shape, o.device, "bf16", "lora")
+            seconds += [variant.step()["seconds"] for _ in range(3)][1:]
+            weights.append([parameter.detach().clone() for parameter in variant.parameters])
+            del variant
+        same = sum(map(torch.equal, *weights))
+        how = "with torch.use_deterministic_algorithms" if sure else "as it is"
+        yield {"what": how, "tensors": len(weights[0]), "same": same, "s_per_step": min(seconds)}
+    torch.use_deterministic_algorithms(False)
 
 
 # ---------------------------------------------------------------- budget: one card of 24 GB
@@ -376,9 +404,9 @@ def budget(o: argparse.Namespace) -> Iterator[dict]:
         long = replace(o.shape, text=1536 - o.shape.vision.num_patches, answers=500)
     half = replace(long, student=SMALL_STUDENT) if o.device == "cuda" else long
     for name, shape, tune, batches in (
-        ("4B to 0.5B", half, "lora", (4, 8, 16, 32)),
-        ("4B to 0.5B", half, "full", (4, 8, 16)),
-        ("4B to 1.8B", long, "lora", (4, 8, 16)),
+        ("4B to 0.5B", half, "full", (4, 8)),
+        ("4B to 1.8B", long, "lora", (4, 8)),
+        ("4B to 0.5B", half, "lora", (4, 32)),
     ):
         release(o.device)
         variant = Variant(CHECKPOINTING, shape, o.device, "bf16", tune)
@@ -388,6 +416,8 @@ def budget(o: argparse.Namespace) -> Iterator[dict]:
             if row is None or o.device == "cpu":
                 break
         del variant
+    if o.device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 # ---------------------------------------------------------------- kernels
@@ -414,7 +444,7 @@ def kernels(o: argparse.Namespace) -> Iterator[dict]:
                     event.key,
                 )
                 for event in profiled.key_averages()
-                if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA
+                if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key
             ]
             busy = sum(kind[0] for kind in kinds)
             top = [
@@ -430,6 +460,9 @@ def kernels(o: argparse.Namespace) -> Iterator[dict]:
 # ---------------------------------------------------------------- scoring
 
 
+KINDS = ("captions", "yes/no")
+
+
 def scored(o: argparse.Namespace) -> Iterator[dict]:
     """SugarCrepe-shaped items a second, random weights of the student's size, bf16."""
     shape = replace(o.shape, teacher=o.shape.student)
@@ -437,14 +470,18 @@ def scored(o: argparse.Namespace) -> Iterator[dict]:
     many, few, sizes = (384, 8, (32, 128)) if o.device == "cuda" else (4, 2, (4,))
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world", tune=1, pretrain=1, per_kind=max(10, many // 7))
-        for kind in ("captions", "yes/no"):
+        for kind in KINDS:
             asked = scoring.questions(world, kind, many)
-            ways = {"one answer at a time": (few, lambda some: scoring.one_at_a_time(vlm, some))}
-            for size in sizes:
-                for how in ("choice", "generate"):
-                    ways[f"{how}, {size} at a time"] = (
-                        many, lambda some, how=how, size=size: scoring.batched(vlm, some, how, size)
-                    )  # fmt: skip
+            ways = {
+                "one answer at a time": (few, lambda some: scoring.one_at_a_time(vlm, some)),
+                **{
+                    f"choice, {size} at a time": (
+                        many,
+                        lambda some, size=size: scoring.batched(vlm, some, "choice", size),
+                    )
+                    for size in sizes
+                },
+            }
             for name, (items, way) in ways.items():
                 way(asked[:2])  # warm-up
                 started = time.perf_counter()
@@ -472,8 +509,9 @@ def tiny(o: argparse.Namespace) -> Iterator[dict]:
 PARTS = {  # name: function, seconds it may take
     "right": (right, 110),
     "ranks": (ranks, 90),
-    "real": (real, 150),
-    "budget": (budget, 30),
+    "real": (real, 130),
+    "repeat": (repeatable, 25),
+    "budget": (budget, 40),
     "kernels": (kernels, 45),
     "scoring": (scored, 40),
     "compiled": (compiled, 90),
@@ -529,11 +567,12 @@ def main() -> None:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     add("--shape", choices=list(SHAPES), default="real", help="of part real (default: %(default)s)")
     add("--patience", type=number(float, 0.1), default=1.0, help="times each part's seconds (default: 1)")
-    add("--inside", action="store_true", help=argparse.SUPPRESS)  # in this process, no limit
+    add("--inside", action="store_true", help="all in this process, without limits: no time to start others")
     o = parser.parse_args()
     o.shape_name, o.shape = o.shape, SHAPES[o.shape]
     if o.inside:
-        one_part(o.parts[0], o)
+        for name in o.parts:
+            one_part(name, o)
         return
     together = [
         name for name in ("right", "ranks") if name in o.parts

@@ -32,15 +32,16 @@ def seen(rows, *layers, columns=COLUMNS):
     return dict.fromkeys(layers, VisualAttention(rows, columns))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 4, 128])
+@pytest.mark.parametrize("chunk, align", [(1, 1), (2, 1), (4, 1), (128, 1), (4, 4), (128, 8)])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
 @pytest.mark.parametrize("rows", [slice(0, 9), slice(2, 9), slice(3, 7), slice(8, 9), slice(4, 4)])
-def test_a_map_is_that_of_whole_attention(monkeypatch, mask, kv_heads, chunk, rows):
+def test_a_map_is_that_of_whole_attention(monkeypatch, mask, kv_heads, chunk, align, rows):
     """The same numbers, logits and gradients through the maps as distill.visual_map has from whole attention,
-    however many rows are made at a time.
+    however many rows are made at a time, and where parts are made larger, as for a GPU.
     """
     monkeypatch.setattr(lean, "QUERY_ROWS", chunk)
+    monkeypatch.setitem(lean.ALIGN, "cpu", align)
     lm = tiny(num_key_value_heads=kv_heads)
     whole, part = lm(IDS, mask, in_full(0, 2)), lm(IDS, mask, seen(rows, 0, 2))
     torch.testing.assert_close(whole.logits, part.logits, **CLOSE)
