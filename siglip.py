@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
     def forward(self, pixel_values: Tensor) -> Tensor:
         with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is to be float32 on a GPU, too
             x = self.patch_embedding(pixel_values)  # (N,C,S/p,S/p)
-        x = x.flatten(2).transpose(1, 2)  # (N,P,C), row by row
+        x = x.flatten(2).transpose(1, 2).contiguous()  # (N,P,C), row by row; all layers keep this order
         return x + self.position_embedding.weight
 
 

@@ -9,6 +9,7 @@ process with a time limit; it adds a row of JSON to --out as soon as it has it, 
 traceback is a row) or is stopped loses no other. In the order of what they are worth:
 
     right     golden checkpoints and losses, plain and lean steps, 50 steps beside the CPU's, chat, resuming
+              (bench/gpu_right.py)
     ranks     torchrun with one rank: DDP and FSDP train what no torchrun trains, save, and go on
     real      Qwen1.5-4B -> 1.8B: seconds, memory, MFU (model FLOPs utilization) of ours and of the
               straightforward way with transformers (bench/step.py), at batch 1, 4 and the largest that fits
@@ -17,264 +18,35 @@ traceback is a row) or is stopped loses no other. In the order of what they are 
     kernels   where the time of a step goes, with and without attention alignment
     scoring   items a second of eval.py at the size of the 1.8B student, beside one answer at a time
     compiled  torch.compile beside none
-    tiny      python -m tiny, then its story: minutes
+    tiny      python -m tiny with a quarter of its steps: seconds
 
-Shapes: B samples, T tokens. A GPU's memory is what torch's allocator held at most.
+A GPU's memory is what torch's allocator held at most. bench/gpu_report.py makes tables of the rows.
 """
 
 import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-import warnings
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import distill  # noqa: E402
-import model  # noqa: E402
 from bench import scoring  # noqa: E402
+from bench.gpu_right import command, ranks, right  # noqa: E402
 from bench.step import SHAPES, Shape, Variant, count, make_batch, matmul_rate, most_common, qwen  # noqa: E402
-from data import IMAGE_TOKEN  # noqa: E402
-from model import DTYPES  # noqa: E402
 from support.program import number  # noqa: E402
-from support.world import TINY, make_world  # noqa: E402
-
-GOLDEN = ROOT / "tests" / "golden"
-QUESTIONS = ("What colour is the circle?", "How many shapes are there?", "Is there a red square?")
-
-
-def command(*words, cpu: bool = False, stdin: str = "") -> str:
-    """The output of a program of ours. RuntimeError with the end of what it said where it fails."""
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
-    environment = os.environ | hidden | {"OMP_NUM_THREADS": "2", "COLUMNS": "80"}
-    argv = [sys.executable, *map(str, words)]
-    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, cwd=ROOT, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv[1:])}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}")
-    return done.stdout
-
-
-def losses_of(run: Path) -> dict[int, list[float]]:
-    """The log of a stage -> {step: its losses and gradient norm}."""
-    rows = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
-    return {
-        row["step"]: [row[name] for name in ("lm", "kl", "adl", "grad_norm") if name in row] for row in rows
-    }
-
-
-def largest_difference(a: dict, b: dict) -> float:
-    """Of the losses of two runs, relative."""
-    return max(abs(x - y) / abs(y) for step in b for x, y in zip(a[step], b[step]))
-
-
-def relative(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|a - b| / |b|, computed on the CPU in float64."""
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    return ((a - b).norm() / b.norm()).item()
-
-
-# ---------------------------------------------------------------- right: the same numbers as elsewhere
-
-
-def right(o: argparse.Namespace) -> Iterator[dict]:
-    yield from golden_logits(o.device)
-    yield from golden_losses(o.device)
-    yield from forms(o.device)
-    with tempfile.TemporaryDirectory() as folder:
-        yield from trained(Path(folder))
-        yield from answered(Path(folder), o.device)
-
-
-@torch.no_grad()
-def golden_logits(device: str) -> Iterator[dict]:
-    """Checkpoints whose logits transformers and the released code computed on a CPU in float32."""
-    released = load_file(GOLDEN / "released_layout_expected.safetensors")
-    llava = load_file(GOLDEN / "hf_llava_expected.safetensors")
-    places = torch.full((1, 8), IMAGE_TOKEN)
-    released["input_ids"] = torch.cat([released["ids_before_image"], places, released["ids_after_image"]], 1)
-    golden = {"released_layout": released, "hf_llava_layout": llava, "hf_llava_layout_2024": llava}
-    for layout, expected in golden.items():
-        for precision, dtype in DTYPES.items():
-            vlm = model.load(GOLDEN / layout, dtype, device)
-            logits = vlm(expected["input_ids"].to(device), expected["pixel_values"].to(device)).logits
-            worst = (logits.float().cpu() - expected["logits"]).abs().max().item()
-            share = relative(logits, expected["logits"])
-            ok = worst < 1e-4 if precision == "fp32" else share < 3e-2
-            yield {"what": f"{layout}, {precision}", "max_abs": worst, "relative": share, "ok": ok}
-
-
-def golden_losses(device: str) -> Iterator[dict]:
-    """tests/test_distill.py's golden values of the losses."""
-    expected = json.loads((GOLDEN / "losses.json").read_text())
-    for precision, dtype in DTYPES.items():
-        given = load_file(GOLDEN / "losses.safetensors")
-        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in given.items()}
-        columns, mask = torch.arange(4, 16, device=device).repeat(2, 1), torch.ones(2, 23, dtype=torch.bool)
-        mask[1, 20:] = False
-        whole = {"attention_mask": mask.to(device), "visual_columns": columns}
-        batch = whole | {"has_image": torch.ones(2, dtype=torch.bool, device=device)}
-        maps = [
-            {i: distill.visual_map(A, columns) for i, A in enumerate(given[name])}
-            for name in ("student_maps", "teacher_maps")
-        ]
-        rows = distill.query_rows(batch, "all")
-        targets = distill.matched_targets(*maps, rows, "group")
-        labels, logits = given["labels"], (given["student_logits"], given["teacher_logits"])
-        terms = {
-            "vat_cosine_paper_padded": ("cosine", "all"),
-            "vat_rowwise_all": ("cosine-rows", "all"),
-            "vat_rowwise_text": ("cosine-rows", "text"),
-            "vat_kl_rows_all": ("kl", "all"),
-            "vat_mse_rows_all": ("mse", "all"),
-        }
-        terms = {
-            name: distill.visual_attention_loss(
-                maps[0].values(), targets, distill.query_rows(batch, which), kind
-            )
-            for name, (kind, which) in terms.items()
-        }
-        terms["lm_cross_entropy"] = distill.lm_loss(logits[0], labels)
-        terms["kl_shifted"] = distill.kl_loss(*logits, labels)
-        off = {name: abs((x.sum / x.count).item() - expected[name]) for name, x in terms.items()}
-        tolerance = 1e-4 if precision == "fp32" else 2e-2
-        yield {"what": f"golden losses, {precision}", "off": off, "ok": max(off.values()) < tolerance}
-
-
-def forms(device: str) -> Iterator[dict]:
-    """One step of a small pair: lean, plain and transformers; and what has no deterministic kernel."""
-    for precision in DTYPES:
-        ways = {"lean": [], "plain": ["--plain"], "transformers": "answers"}
-        losses = {
-            name: Variant(how, SHAPES["small"], device, precision, "full").step()["losses"]
-            for name, how in ways.items()
-        }
-        off = {
-            other: max(abs(losses["lean"][k] - v) / abs(v) for k, v in losses[other].items())
-            for other in ("plain", "transformers")
-        }
-        ok = max(off.values()) < (1e-4 if precision == "fp32" else 5e-2)
-        yield {"what": f"a step in three forms, {precision}", "off": off, "losses": losses["lean"], "ok": ok}
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        for precision in DTYPES:
-            Variant([], SHAPES["small"], device, precision, "full").step()
-        torch.use_deterministic_algorithms(False)
-    kernels = sorted({str(w.message).split(" does not")[0] for w in said if "determinis" in str(w.message)})
-    yield {"what": "kernels of a step without a deterministic form", "kernels": kernels}
-
-
-def trained(folder: Path) -> Iterator[dict]:
-    """The tiny world, stage 2: this device beside the CPU; a stopped run beside one in one piece."""
-    make_world(folder / "world", tune=600, pretrain=300, per_kind=2)
-    command("train.py", "--stage", 1, "--out", folder, "--name", "first", "--steps", 20)
-
-    def stage2(name: str, *flags, cpu: bool = False) -> Path:
-        start = ["--student", folder / "first/stage1", "--out", folder, "--name", name, "--log-every", 10]
-        command("train.py", "--stage", 2, *start, *flags, cpu=cpu)
-        return folder / name / "stage2"
-
-    def stopped(name: str, *flags) -> Path:
-        stage2(name, *flags, "--stop-after", 10)
-        return stage2(name, *flags)
-
-    bits, fifty = {}, {}
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-        for precision in DTYPES:
-            flags = "--precision", precision, "--steps", 50
-            fifty[precision] = pool.submit(stage2, precision, *flags)
-            flags = *flags[:3], 20
-            bits[precision] = [
-                pool.submit(stopped, f"stopped-{precision}", *flags),
-                *(pool.submit(stage2, f"whole-{precision}-{i}", *flags) for i in (0, 1)),
-            ]
-        on_cpu = losses_of(pool.submit(stage2, "cpu", "--steps", 50, cpu=True).result())
-        for precision, run in fifty.items():
-            here = losses_of(run.result())
-            off = largest_difference(here, on_cpu)
-            ok = off < (1e-2 if precision == "fp32" else 0.2)
-            yield {
-                "what": f"50 steps beside the CPU's, {precision}",
-                "off": off,
-                "here": here,
-                "cpu": on_cpu,
-            } | {"ok": ok}
-        for precision, runs in bits.items():
-            digests = [sha256((run.result() / "model.safetensors").read_bytes()).hexdigest() for run in runs]
-            names = {"stopped_is_whole": digests[0] == digests[1], "whole_is_whole": digests[1] == digests[2]}
-            weights = [load_file(run.result() / "model.safetensors") for run in runs]
-            off = max((weights[0][k] - v).abs().max().item() for k, v in weights[1].items())
-            yield {"what": f"resumed, {precision}", **names, "max_abs": off, "ok": names["stopped_is_whole"]}
-
-
-def answered(folder: Path, device: str) -> Iterator[dict]:
-    """The shipped student's words, here and on the CPU, and through the chat program."""
-    pictures = sorted((folder / "world/images").glob("test-*.png"))[:8]
-    words = []
-    for where in (device, "cpu"):
-        vlm = model.load(TINY / "compodistill", device=where)
-        words.append([vlm.answer(picture, text) for picture in pictures for text in QUESTIONS])
-    yield {
-        "what": "greedy answers",
-        "of": len(words[0]),
-        "same": sum(map(str.__eq__, *words)),
-        "ok": words[0] == words[1],
-    }
-    words = ["eval.py", "chat", "--model", TINY / "compodistill", "--image", pictures[0]]
-    said = [command(*words, cpu=cpu, stdin="\n".join(QUESTIONS) + "\n") for cpu in (False, True)]
-    yield {"what": "chat", "said": said[0][-400:], "ok": said[0] == said[1]}
-
-
-# ---------------------------------------------------------------- ranks
-
-
-def ranks(o: argparse.Namespace) -> Iterator[dict]:
-    """Without torchrun, and with one rank: losses, weights, saving and going on."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_world(folder / "world", tune=600, pretrain=300, per_kind=2)
-        command("train.py", "--stage", 1, "--out", folder, "--name", "first", "--steps", 10)
-        start = ["--stage", 2, "--student", folder / "first/stage1", "--out", folder, "--log-every", 5]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
-
-        def go(name: str, *flags) -> dict:
-            words = ["train.py", *start, "--name", name, "--steps", 20, *flags]
-            if not name.startswith("alone"):
-                words = [*torchrun, *words]
-                command(*words, "--stop-after", 10)
-            command(*words)
-            return losses_of(folder / name / "stage2")
-
-        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
-            runs = {
-                (kind, precision): pool.submit(go, f"{kind}-{precision}", "--precision", precision, *flags)
-                for kind, flags in (
-                    ("alone", ()),
-                    ("ddp", ("--parallel", "ddp")),
-                    ("fsdp", ("--parallel", "fsdp")),
-                )
-                for precision in DTYPES
-            }
-            for (kind, precision), run in runs.items():
-                if kind != "alone":
-                    off = largest_difference(run.result(), runs["alone", precision].result())
-                    what = f"{kind}, stopped and resumed, beside one process, {precision}"
-                    yield {"what": what, "off": off, "ok": off < (1e-4 if precision == "fp32" else 5e-2)}
-
+from support.world import make_world  # noqa: E402
 
 # ---------------------------------------------------------------- real: speed and memory of the real pair
 
@@ -315,29 +87,28 @@ def rates(o: argparse.Namespace) -> tuple[dict, float]:
     side, common = 8192 if o.device == "cuda" else 256, most_common(replace(o.shape, batch=4))
     large, often = (matmul_rate(*x, o.device, torch.bfloat16) for x in ((side,) * 3, common))
     name = torch.cuda.get_device_name() if o.device == "cuda" else "cpu"
-    row = {"what": f"{name}, torch {torch.__version__}, {o.shape}", "large_matmul_tflops": large / 1e12}
+    shape = str(o.shape).partition(" x ")[2]  # the batch varies
+    row = {"what": f"{name}, torch {torch.__version__}, {shape}", "large_matmul_tflops": large / 1e12}
     return row | {f"matmul_{'x'.join(map(str, common))}_tflops": often / 1e12}, large
 
 
 CHECKPOINTING, NO_VAT, TEXT = ["--gradient-checkpointing"], ["--vat-loss", "none"], ["--vat-queries", "text"]
-
-
-REAL = {
+REAL = {  # tuning -> variant -> flags, batches: up to the first that does not fit
     "lora": {
         "ours": ([], (1, 4, 16, 32)),
         "transformers": ("all", (1, 4, 8, 16)),
-        "transformers, answers": ("answers", (16, 32)),
         "ours, no VAT": (NO_VAT, (1, 4, 16, 32)),
-        "ours, text rows": (TEXT, (16,)),
         "ours, checkpointing": (CHECKPOINTING, (4, 8, 32)),
+        "transformers, answers": ("answers", (16, 32)),
+        "ours, text rows": (TEXT, (16,)),
     },
     "full": {
-        "ours": ([], (1, 4, 8, 16, 32)),
-        "transformers": ("all", (1, 4, 8, 16)),
+        "ours": ([], (4, 8, 16, 32)),
+        "transformers": ("all", (4, 8, 16)),
         "ours, no VAT": (NO_VAT, (4, 16)),
-        "ours, checkpointing": (CHECKPOINTING, (4, 8, 32)),
+        "ours, checkpointing": (CHECKPOINTING, (8, 32)),
     },
-}  # tuning -> variant -> flags, batches: up to the first that does not fit
+}
 
 
 def real(o: argparse.Namespace) -> Iterator[dict]:
@@ -366,9 +137,8 @@ def points(name: str, flags: list[str] | str, batches, tune: str, rate: float, o
 def compiled(o: argparse.Namespace) -> Iterator[dict]:
     row, rate = rates(o)
     yield row
-    for tune in ("lora", "full"):
-        yield from points(f"{tune}, ours, eager", [], (32,), tune, rate, o)
-        yield from points(f"{tune}, ours, compiled", ["--compile"], (32,), tune, rate, o, warm_up=2)
+    yield from points("lora, ours, eager", [], (32,), "lora", rate, o)
+    yield from points("lora, ours, compiled", ["--compile"], (32,), "lora", rate, o, warm_up=2)
 
 
 def repeatable(o: argparse.Namespace) -> Iterator[dict]:
@@ -428,33 +198,28 @@ def kernels(o: argparse.Namespace) -> Iterator[dict]:
     from torch.profiler import ProfilerActivity, profile
 
     shape = replace(o.shape, batch=4 if o.device == "cuda" else 1)
-    for tune in ("full", "lora"):
-        for name, flags in (("ours", []), ("ours, no VAT", NO_VAT)):
-            release(o.device)
-            variant = Variant(flags, shape, o.device, "bf16", tune)
-            variant.step()
-            on_gpu = [ProfilerActivity.CUDA] if o.device == "cuda" else []
-            with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiled:
-                seconds = variant.step()["seconds"]
-            del variant
-            kinds = [
-                (
-                    event.self_device_time_total if on_gpu else event.self_cpu_time_total,
-                    event.count,
-                    event.key,
-                )
-                for event in profiled.key_averages()
-                if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key
-            ]
-            busy = sum(kind[0] for kind in kinds)
-            top = [
-                {"ms": us / 1e3, "share": us / max(busy, 1), "calls": calls, "kernel": key[:110]}
-                for us, calls, key in sorted(kinds, reverse=True)[:25]
-            ]
-            yield {
-                "what": f"{tune}, {name}", "batch": shape.batch, "ms_profiled": 1e3 * seconds,
-                "ms_of_kernels": busy / 1e3, "launches": sum(kind[1] for kind in kinds), "top": top,
-            }  # fmt: skip
+    for name, flags in (("ours", []), ("ours, no VAT", NO_VAT)):
+        release(o.device)
+        variant = Variant(flags, shape, o.device, "bf16", "full")
+        variant.step()
+        on_gpu = [ProfilerActivity.CUDA] if o.device == "cuda" else []
+        with profile(activities=[ProfilerActivity.CPU, *on_gpu]) as profiled:
+            seconds = variant.step()["seconds"]
+        del variant
+        kinds = [
+            (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+            for event in profiled.key_averages()
+            if not on_gpu or event.device_type == torch.autograd.DeviceType.CUDA and "#" not in event.key
+        ]
+        busy = sum(kind[0] for kind in kinds)
+        top = [
+            {"ms": us / 1e3, "share": us / max(busy, 1), "calls": calls, "kernel": key[:110]}
+            for us, calls, key in sorted(kinds, reverse=True)[:10]
+        ]
+        yield {
+            "what": f"full, {name}", "batch": shape.batch, "ms_profiled": 1e3 * seconds,
+            "ms_of_kernels": busy / 1e3, "launches": sum(kind[1] for kind in kinds), "top": top,
+        }  # fmt: skip
 
 
 # ---------------------------------------------------------------- scoring
@@ -494,28 +259,27 @@ def scored(o: argparse.Namespace) -> Iterator[dict]:
 
 
 def tiny(o: argparse.Namespace) -> Iterator[dict]:
+    """The main job with a quarter of its steps."""
+    steps = 375 if o.device == "cuda" else 15
     with tempfile.TemporaryDirectory() as folder:
-        few = ["--steps", 15] if o.device == "cpu" else []
-        for words in ([], ["story"])[: 1 if few else 2]:
-            started = time.perf_counter()
-            out = ["--out", Path(folder) / "story", "--runs", folder] if words else ["--out", folder, *few]
-            text = command("-m", "tiny", *words, *out)
-            minutes = (time.perf_counter() - started) / 60
-            yield {"what": " ".join(["python -m tiny", *words]), "minutes": minutes, "said": text[-1800:]}
+        started = time.perf_counter()
+        text = command("-m", "tiny", "--out", folder, "--steps", steps)
+        seconds = time.perf_counter() - started
+    yield {"what": f"python -m tiny --steps {steps}", "seconds": seconds, "said": text[-1800:]}
 
 
 # ---------------------------------------------------------------- command line
 
-PARTS = {  # name: function, seconds it may take
-    "right": (right, 110),
-    "ranks": (ranks, 90),
-    "real": (real, 130),
-    "repeat": (repeatable, 25),
-    "budget": (budget, 40),
-    "kernels": (kernels, 45),
-    "scoring": (scored, 40),
-    "compiled": (compiled, 90),
-    "tiny": (tiny, 110),
+PARTS = {  # name: function, seconds it may take; the first two run side by side
+    "right": (right, 95),
+    "ranks": (ranks, 75),
+    "real": (real, 105),
+    "repeat": (repeatable, 20),
+    "budget": (budget, 30),
+    "kernels": (kernels, 30),
+    "scoring": (scored, 30),
+    "compiled": (compiled, 50),
+    "tiny": (tiny, 60),
 }
 
 
@@ -547,13 +311,18 @@ def side_by_side(names: list[str], o: argparse.Namespace) -> None:
     argv = [sys.executable, __file__, *own, "--inside", "--parts"]
     running = {name: subprocess.Popen([*map(str, argv), name], start_new_session=True) for name in names}
     started = time.perf_counter()
-    for name, process in running.items():
-        left = o.patience * PARTS[name][1] - (time.perf_counter() - started)
-        try:
-            process.wait(max(left, 0.1))
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            add_row(o, {"part": name, "error": f"stopped after {time.perf_counter() - started:.0f} s"})
+    try:
+        for name, process in running.items():
+            left = o.patience * PARTS[name][1] - (time.perf_counter() - started)
+            try:
+                if code := process.wait(max(left, 0.1)):
+                    add_row(o, {"part": name, "error": f"its process ended with {code}"})
+            except subprocess.TimeoutExpired:
+                add_row(o, {"part": name, "error": f"stopped after {time.perf_counter() - started:.0f} s"})
+    finally:  # whatever ends this process, too
+        for process in running.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     print(f"{', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
 
 
@@ -567,18 +336,19 @@ def main() -> None:
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     add("--shape", choices=list(SHAPES), default="real", help="of part real (default: %(default)s)")
     add("--patience", type=number(float, 0.1), default=1.0, help="times each part's seconds (default: 1)")
-    add("--inside", action="store_true", help="all in this process, without limits: no time to start others")
+    add("--inside", action="store_true", help="all in this process, without limits")
     o = parser.parse_args()
+    if o.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here; --device cpu --shape small shows whether all of this runs")
     o.shape_name, o.shape = o.shape, SHAPES[o.shape]
     if o.inside:
         for name in o.parts:
             one_part(name, o)
         return
-    together = [
-        name for name in ("right", "ranks") if name in o.parts
-    ]  # tiny models, for which one is no load
-    for names in ([together] if together else []) + [[name] for name in o.parts if name not in together]:
-        side_by_side(names, o)
+    together = [name for name in ("right", "ranks") if name in o.parts]  # no load for a GPU
+    for names in [together, *([name] for name in o.parts if name not in together)]:
+        if names:
+            side_by_side(names, o)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,241 @@
+"""Whether a GPU computes what the CPU and the golden values say: parts `right` and `ranks` of bench/gpu.py.
+
+A part is a generator of rows; `ok` in a row says whether it holds. Tolerances: float32 1e-4, bfloat16 a few
+per cent of float32.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+import distill
+import model
+from bench.step import SHAPES, Variant
+from data import IMAGE_TOKEN
+from model import DTYPES
+from support.world import TINY, make_world
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2}
+AT_ONCE = max(1, (os.cpu_count() or 1) // 2)  # processes of two threads
+QUESTIONS = ("What colour is the circle?", "How many shapes are there?", "Is there a red square?")
+
+
+def command(*words, cpu: bool = False, stdin: str = "") -> str:
+    """The output of a program of ours. RuntimeError with the end of what it said where it fails."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if cpu else {}
+    environment = os.environ | hidden | {"OMP_NUM_THREADS": "2", "COLUMNS": "80"}
+    argv = [sys.executable, *map(str, words)]
+    done = subprocess.run(argv, input=stdin, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv[1:])}\n{done.stdout[-1500:]}\n{done.stderr[-2500:]}")
+    return done.stdout
+
+
+def losses_of(run: Path) -> dict[int, list[float]]:
+    """The log of a stage -> {step: its losses and gradient norm}."""
+    rows = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
+    return {
+        row["step"]: [row[name] for name in ("lm", "kl", "adl", "grad_norm") if name in row] for row in rows
+    }
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """Of the losses of two runs, relative."""
+    return max(abs(x - y) / abs(y) for step in b for x, y in zip(a[step], b[step]))
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b|, computed on the CPU in float64."""
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ---------------------------------------------------------------- right: the same numbers as elsewhere
+
+
+def right(o: argparse.Namespace) -> Iterator[dict]:
+    yield from golden_logits(o.device)
+    yield from golden_losses(o.device)
+    yield from forms(o.device)
+    with tempfile.TemporaryDirectory() as folder:
+        yield from trained(Path(folder))
+        yield from answered(Path(folder), o.device)
+
+
+@torch.no_grad()
+def golden_logits(device: str) -> Iterator[dict]:
+    """Checkpoints whose logits transformers and the released code computed on a CPU in float32."""
+    released = load_file(GOLDEN / "released_layout_expected.safetensors")
+    llava = load_file(GOLDEN / "hf_llava_expected.safetensors")
+    places = torch.full((1, 8), IMAGE_TOKEN)
+    released["input_ids"] = torch.cat([released["ids_before_image"], places, released["ids_after_image"]], 1)
+    golden = {"released_layout": released, "hf_llava_layout": llava, "hf_llava_layout_2024": llava}
+    for layout, expected in golden.items():
+        for precision, dtype in DTYPES.items():
+            vlm = model.load(GOLDEN / layout, dtype, device)
+            logits = vlm(expected["input_ids"].to(device), expected["pixel_values"].to(device)).logits
+            worst = (logits.float().cpu() - expected["logits"]).abs().max().item()
+            share = relative(logits, expected["logits"])
+            ok = worst < 1e-4 if precision == "fp32" else share < 3e-2
+            yield {"what": f"{layout}, {precision}", "max_abs": worst, "relative": share, "ok": ok}
+
+
+def golden_losses(device: str) -> Iterator[dict]:
+    """tests/test_distill.py's golden values of the losses."""
+    expected = json.loads((GOLDEN / "losses.json").read_text())
+    for precision, dtype in DTYPES.items():
+        given = load_file(GOLDEN / "losses.safetensors")
+        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in given.items()}
+        columns, mask = torch.arange(4, 16, device=device).repeat(2, 1), torch.ones(2, 23, dtype=torch.bool)
+        mask[1, 20:] = False
+        whole = {"attention_mask": mask.to(device), "visual_columns": columns}
+        batch = whole | {"has_image": torch.ones(2, dtype=torch.bool, device=device)}
+        maps = [
+            {i: distill.visual_map(A, columns) for i, A in enumerate(given[name])}
+            for name in ("student_maps", "teacher_maps")
+        ]
+        rows = distill.query_rows(batch, "all")
+        targets = distill.matched_targets(*maps, rows, "group")
+        labels, logits = given["labels"], (given["student_logits"], given["teacher_logits"])
+        terms = {
+            "vat_cosine_paper_padded": ("cosine", "all"),
+            "vat_rowwise_all": ("cosine-rows", "all"),
+            "vat_rowwise_text": ("cosine-rows", "text"),
+            "vat_kl_rows_all": ("kl", "all"),
+            "vat_mse_rows_all": ("mse", "all"),
+        }
+        terms = {
+            name: distill.visual_attention_loss(
+                maps[0].values(), targets, distill.query_rows(batch, which), kind
+            )
+            for name, (kind, which) in terms.items()
+        }
+        terms["lm_cross_entropy"] = distill.lm_loss(logits[0], labels)
+        terms["kl_shifted"] = distill.kl_loss(*logits, labels)
+        off = {name: abs((x.sum / x.count).item() - expected[name]) for name, x in terms.items()}
+        tolerance = 1e-4 if precision == "fp32" else 2e-2
+        yield {"what": f"golden losses, {precision}", "off": off, "ok": max(off.values()) < tolerance}
+
+
+def forms(device: str) -> Iterator[dict]:
+    """One step of a small pair: lean, plain and transformers; and what has no deterministic kernel."""
+    for precision in DTYPES:
+        ways = {"lean": [], "plain": ["--plain"], "transformers": "answers"}
+        losses = {
+            name: Variant(how, SHAPES["small"], device, precision, "full").step()["losses"]
+            for name, how in ways.items()
+        }
+        off = {
+            other: max(abs(losses["lean"][k] - v) / abs(v) for k, v in losses[other].items())
+            for other in ("plain", "transformers")
+        }
+        ok = max(off.values()) < TOLERANCE[precision]
+        yield {"what": f"a step in three forms, {precision}", "off": off, "losses": losses["lean"], "ok": ok}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        for precision in DTYPES:
+            Variant([], SHAPES["small"], device, precision, "full").step()
+        torch.use_deterministic_algorithms(False)
+    kernels = sorted({str(w.message).split(" does not")[0] for w in said if "determinis" in str(w.message)})
+    yield {"what": "kernels of a step without a deterministic form", "kernels": kernels}
+
+
+def trained(folder: Path) -> Iterator[dict]:
+    """The tiny world, stage 2: this device beside the CPU; a stopped run beside one in one piece."""
+    make_world(folder / "world", tune=600, pretrain=300, per_kind=2)
+    command("train.py", "--stage", 1, "--out", folder, "--name", "first", "--steps", 20)
+
+    def stage2(name: str, *flags, cpu: bool = False) -> Path:
+        start = ["--student", folder / "first/stage1", "--out", folder, "--name", name, "--log-every", 10]
+        command("train.py", "--stage", 2, *start, *flags, cpu=cpu)
+        return folder / name / "stage2"
+
+    def stopped(name: str, *flags) -> Path:
+        stage2(name, *flags, "--stop-after", 10)
+        return stage2(name, *flags)
+
+    bits, fifty = {}, {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for precision in DTYPES:
+            flags = "--precision", precision, "--steps", 50
+            fifty[precision] = pool.submit(stage2, precision, *flags)
+            flags = *flags[:3], 20
+            bits[precision] = [
+                pool.submit(stopped, f"stopped-{precision}", *flags),
+                *(pool.submit(stage2, f"whole-{precision}-{i}", *flags) for i in (0, 1)),
+            ]
+        on_cpu = losses_of(pool.submit(stage2, "cpu", "--steps", 50, cpu=True).result())
+        for precision, run in fifty.items():
+            here = losses_of(run.result())
+            off = largest_difference(here, on_cpu)
+            ok = off < (1e-2 if precision == "fp32" else 0.2)
+            what = f"50 steps beside the CPU's, {precision}"
+            yield {"what": what, "off": off, "here": here, "cpu": on_cpu, "ok": ok}
+        for precision, runs in bits.items():
+            digests = [sha256((run.result() / "model.safetensors").read_bytes()).hexdigest() for run in runs]
+            names = {"stopped_is_whole": digests[0] == digests[1], "whole_is_whole": digests[1] == digests[2]}
+            weights = [load_file(run.result() / "model.safetensors") for run in runs]
+            off = max((weights[0][k] - v).abs().max().item() for k, v in weights[1].items())
+            yield {"what": f"resumed, {precision}", **names, "max_abs": off, "ok": names["stopped_is_whole"]}
+
+
+def answered(folder: Path, device: str) -> Iterator[dict]:
+    """The shipped student's words, here and on the CPU, and through the chat program."""
+    pictures = sorted((folder / "world/images").glob("test-*.png"))[:8]
+    words = []
+    for where in (device, "cpu"):
+        vlm = model.load(TINY / "compodistill", device=where)
+        words.append([vlm.answer(picture, text) for picture in pictures for text in QUESTIONS])
+    same = sum(map(str.__eq__, *words))
+    yield {"what": "greedy answers", "of": len(words[0]), "same": same, "ok": same == len(words[0])}
+    words = ["eval.py", "chat", "--model", TINY / "compodistill", "--image", pictures[0]]
+    said = [command(*words, cpu=cpu, stdin="\n".join(QUESTIONS) + "\n") for cpu in (False, True)]
+    yield {"what": "chat", "said": said[0][-400:], "ok": said[0] == said[1]}
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def ranks(o: argparse.Namespace) -> Iterator[dict]:
+    """Without torchrun, and with one rank: losses, weights, saving and going on."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_world(folder / "world", tune=600, pretrain=300, per_kind=2)
+        command("train.py", "--stage", 1, "--out", folder, "--name", "first", "--steps", 10)
+        start = ["--stage", 2, "--student", folder / "first/stage1", "--out", folder, "--log-every", 5]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1]
+
+        def go(name: str, *flags) -> dict:
+            words = ["train.py", *start, "--name", name, "--steps", 20, *flags]
+            if not name.startswith("alone"):
+                words = [*torchrun, *words]
+                command(*words, "--stop-after", 10)
+            command(*words)
+            return losses_of(folder / name / "stage2")
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            ways = {"alone": (), "ddp": ("--parallel", "ddp"), "fsdp": ("--parallel", "fsdp")}
+            runs = {
+                (kind, precision): pool.submit(go, f"{kind}-{precision}", "--precision", precision, *flags)
+                for kind, flags in ways.items()
+                for precision in DTYPES
+            }
+            for (kind, precision), run in runs.items():
+                if kind != "alone":
+                    off = largest_difference(run.result(), runs["alone", precision].result())
+                    what = f"{kind}, stopped and resumed, beside one process, {precision}"
+                    yield {"what": what, "off": off, "ok": off < TOLERANCE[precision]}

@@ -1,0 +1,110 @@
+"""bench/: the FLOPs that MFU divides by, the parts of gpu.py, and the tables made of its rows."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import gpu_report
+from bench.step import SHAPES, Variant, attention, matmuls
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_flops_are_those_that_torch_counts(tune):
+    """Every matrix product of a step without attention alignment, and no other; attention by itself."""
+    shape = replace(SHAPES["small"], batch=3)
+    variant = Variant(["--vat-loss", "none"], shape, "cpu", "fp32", tune)
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **kw: 2 * a[0] * a[1] * b[1]}  # torch passes it over
+    counter = FlopCounterMode(display=False, custom_mapping=in_place)
+    with counter, sdpa_kernel(SDPBackend.MATH):  # attention as products, too
+        variant.step()
+    found = counter.get_flop_counts()["Global"]
+    of_attention = found.pop(torch.ops.aten.bmm)
+    assert sum(found.values()) == sum(2 * M * K * N * times for _, M, K, N, times in matmuls(shape, tune))
+    assert of_attention == sum(whole for part, _, whole, _ in attention(shape) if "VAT" not in part)
+
+
+# ---------------------------------------------------------------- gpu.py
+
+
+def gpu(*words, **kwargs) -> subprocess.CompletedProcess:
+    argv = [sys.executable, ROOT / "bench/gpu.py", *map(str, words)]
+    return subprocess.run(argv, capture_output=True, text=True, **kwargs)
+
+
+def rows_in(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_part_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path):
+    argv = ["--out", tmp_path / "rows", "--device", "cpu", "--shape", "small", "--parts", "compiled", "tiny"]
+    done = gpu(*argv, "--patience", 0.1)  # 5 and 6 seconds
+    assert done.returncode == 0, done.stderr
+    stopped = [row["part"] for row in rows_in(tmp_path / "rows") if "stopped after" in row.get("error", "")]
+    assert stopped == ["compiled", "tiny"]
+
+
+def test_a_part_that_fails_leaves_its_traceback_in_a_row(tmp_path):
+    code = "from bench import gpu; gpu.PARTS['real'] = (lambda o: 1 / 0, 9); gpu.main()"
+    argv = ["--out", tmp_path / "rows", "--device", "cpu", "--inside", "--parts", "real", "repeat"]
+    done = subprocess.run([sys.executable, "-c", code, *argv, "--shape", "small"], cwd=ROOT)
+    first, *others = rows_in(tmp_path / "rows")
+    assert done.returncode == 0 and first["part"] == "real" and "ZeroDivisionError" in first["error"]
+    assert [row["part"] for row in others] == ["repeat"] * 2 and all(
+        r["same"] == r["tensors"] for r in others
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = gpu("--out", tmp_path / "rows")
+    assert done.returncode == 1 and done.stderr.startswith("torch sees no GPU") and done.stdout == ""
+
+
+@pytest.mark.slow
+def test_everything_that_gpu_py_measures_runs_on_a_cpu(tmp_path):
+    """What waits for a GPU has run: only sizes, device and time differ there."""
+    parts = ["right", "real", "repeat", "budget", "kernels", "scoring"]
+    argv = ["--out", tmp_path / "rows", "--device", "cpu", "--shape", "small", "--inside", "--parts", *parts]
+    done = gpu(*argv)
+    rows = rows_in(tmp_path / "rows")
+    assert done.returncode == 0 and not [row for row in rows if "error" in row], rows
+    assert {row["part"] for row in rows} == set(parts)
+    assert all(row.get("ok", True) for row in rows), rows
+    gpu_report.report([{"call": 1, "commit": "this", **row} for row in rows])
+
+
+# ---------------------------------------------------------------- the tables
+
+
+def test_results_md_has_the_tables_of_the_shipped_rows():
+    text = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+    assert gpu_report.report(rows_in(ROOT / "results/h200.jsonl")) in text
+
+
+def test_ratios_by_hand():
+    def step(seconds, peak=10.0, above=4.0, batch=4):
+        rate = batch / seconds
+        return {"s_per_step": seconds, "samples_per_s": rate, "peak_gb": peak, "above_gb": above}
+
+    steps = {
+        ("lora, ours", 4): step(1.1),
+        ("lora, ours", 8): step(2.0, batch=8),  # 4 samples/s, its best
+        ("lora, transformers", 4): step(2.0, 40.0, 32.0),  # 2 samples/s
+        ("lora, ours, no VAT", 4): step(1.0),
+        ("lora, ours, checkpointing", 4): step(1.5, 8.0, 2.0),
+    }
+    assert gpu_report.ratios(steps, "lora") == [
+        "- lora: alignment (VAT, all rows) adds 10 % at batch 4 to the time of a step",
+        "- lora: 2.0 times the samples/s of transformers, each at its best batch",
+        "- lora, batch 4: 0.25 of transformers' memory, 0.12 above weights and moments",
+        "- lora with checkpointing, batch 4: 0.20 of transformers' memory, 0.06 above weights and moments",
+    ]
