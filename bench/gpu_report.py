@@ -31,7 +31,7 @@ def right(rows: list[dict]) -> str:
         off = max(off.values()) if isinstance(off, dict) else off
         if "kernels" in row:
             continue
-        found = f"{row['same']} of {row['of']} the same" if "same" in row else "the same text"
+        found = f"{row['same']} of {row['of']} the same" if "same" in row else ""
         if "stopped_is_whole" in row:
             found = "the same bits" if row["stopped_is_whole"] else f"not the same bits, {off:.1e} apart"
         elif off is not None:

@@ -73,6 +73,8 @@ def right(o: argparse.Namespace) -> Iterator[dict]:
     with tempfile.TemporaryDirectory() as folder:
         yield from trained(Path(folder))
         yield from answered(Path(folder), o.device)
+        if o.device == "cuda":
+            yield full_memory(Path(folder))
 
 
 @torch.no_grad()
@@ -205,6 +207,16 @@ def answered(folder: Path, device: str) -> Iterator[dict]:
     words = ["eval.py", "chat", "--model", TINY / "compodistill", "--image", pictures[0]]
     said = [command(*words, cpu=cpu, stdin="\n".join(QUESTIONS) + "\n") for cpu in (False, True)]
     yield {"what": "chat", "said": said[0][-400:], "ok": said[0] == said[1]}
+
+
+def full_memory(folder: Path) -> dict:
+    """A GPU without memory left (0.25 % of it is 350 MB): one sentence, no traceback."""
+    argv = ["--stage", "1", "--steps", "2", "--out", str(folder), "--name", "full", "--batch-size", "2000"]
+    code = f"import torch, train; torch.cuda.set_per_process_memory_fraction(0.0025); train.main({argv})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said = done.stderr.strip().splitlines()[-1]
+    ok = said.startswith("error: the memory of the GPU is used up") and "Traceback" not in done.stderr
+    return {"what": "a full memory is one sentence", "said": said, "ok": ok and done.returncode == 1}
 
 
 # ---------------------------------------------------------------- ranks

@@ -339,6 +339,26 @@ def test_plain_and_lean_are_one_in_bfloat16(pair, batch, monkeypatch, name):
     assert difference < 1.5 * error < 0.15 * norm
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_states_between_layers_have_the_dtype_of_products(pair, batch, precision):
+    """Half the bytes in bfloat16, although the weights that are trained, norms among them, are float32."""
+    student, seen = pair[0], set()
+    inside = [*student.lm.model.layers, student.lm.model.norm]
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, out: seen.add((inputs[0].dtype, *out_dtypes(out))))
+        for layer in inside
+    ]
+    step(pair, batch, PAPER, precision=precision)
+    for hook in hooks:
+        hook.remove()
+    dtype = model.DTYPES[precision]
+    assert seen == {(dtype, dtype)} and student.lm.model.norm.weight.dtype == torch.float32
+
+
+def out_dtypes(out):
+    return [out[0].dtype] if isinstance(out, tuple) else [out.dtype]
+
+
 @pytest.mark.parametrize("name", ["sft", "kd", "compodistill"])
 def test_stage_1_of_plain_and_lean_is_one(pair, batch, name):
     """No attention is looked at, and without distillation no teacher."""
