@@ -2,11 +2,12 @@
 
     in distill.py                                here
     attention maps (B,H,T,T) of a layer          VisualAttention: some rows and columns, head mean, (B,R,P)
-    logits (B,T,V)                               answer_losses: at the answers, LOGIT_ROWS of them at a time
+    logits (B,T,V)                               answer_losses: at the answers, some of them at a time
     distillation_loss                            distillation_loss, the same value and gradient
 
 Nothing else is different: matching, distances and counts are distill.py's. tests/test_lean.py equates a whole
-step of both for every method, distance, choice of rows and matching.
+step of both for every method, distance, choice of rows and matching. (In bfloat16 each head's probabilities
+are rounded to it here before their mean, and in distill.py are not.)
 
 Shapes: B batch, T query tokens, S key tokens, R query rows asked for, P visual tokens, H heads, D head dim, C
 width, V vocabulary, n answer tokens.
@@ -27,8 +28,8 @@ from qwen import Output, fused_attention, probabilities
 # ---------------------------------------------------------------- attention: a map and no more
 
 QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit the caches of a CPU
-GPU_SCORES = 1 << 26  # and a GPU is kept busy by more: at most so many numbers (B,H,rows,S) at one time
-ALIGN = {"cpu": 1, "cuda": 8}  # matrices of 8 n rows and columns: a GPU multiplies others much slower
+GPU_SCORES = 1 << 26  # a GPU is kept busy by more: about so many scores (B,H,rows,S) at one time
+ALIGN = {"cuda": 8}  # queries and keys in multiples of it: for others a GPU has slower products
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class VisualAttention:
 
 @torch.compiler.disable  # compiled, it would be compiled anew for every length
 def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
-    """The head mean of the attention of `rows` on `columns` -> (B,R,P), QUERY_ROWS rows at a time.
+    """The head mean of the attention of `rows` on `columns` -> (B,R,P), some rows at a time.
 
     Each part is computed again in the backward pass: in between only (B,R,P) stays, and nothing with heads.
     """
-    (B, H, T, _), S, n = q.shape, k.shape[2], ALIGN[q.device.type]
+    (B, H, T, _), S, n = q.shape, k.shape[2], ALIGN.get(q.device.type, 1)
     step = max(n, GPU_SCORES // (B * H * S) // n * n) if q.is_cuda else QUERY_ROWS
     first = rows.start - rows.start % n
     parts = [q.new_empty(B, 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
@@ -68,7 +69,7 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
 def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, keys: int) -> Tensor:
     """The map of these queries; the keys after those that they see, up to `keys`, have no attention."""
     (_, H, R, _), visible = q.shape, k.shape[2]
-    more = -visible % ALIGN[q.device.type] if mask is None else 0
+    more = -visible % ALIGN.get(q.device.type, 1) if mask is None else 0
     if more:  # as many queries as keys, so that they see what they saw
         q, k = (F.pad(x, (0, 0, 0, more)) for x in (q, k))
     attention = probabilities(q, k, mask, q.dtype)  # in bfloat16 half the bytes; the sum is float32
@@ -105,7 +106,7 @@ def averaged(teacher: Output, student_layers: list[int], matching: str) -> Outpu
 
 # ---------------------------------------------------------------- logits: at the answers, a few at a time
 
-LOGIT_ROWS, GPU_LOGIT_ROWS = 64, 512
+LOGIT_ROWS, GPU_LOGIT_ROWS = 64, 512  # that exist at one time
 
 
 def answer_losses(
@@ -116,7 +117,7 @@ def answer_losses(
     totals: Mapping[str, Tensor],
     shifted: bool = True,
 ) -> tuple[Tensor, dict[str, Term]]:
-    """distill.lm_loss and kl_loss with at most LOGIT_ROWS rows of logits of a model at a time.
+    """distill.lm_loss and kl_loss with some rows of logits of a model at a time.
 
     student, teacher: final hidden states (B,T,C) and output matrix (V,C). Returns their weighted sum, divided
     by the totals, which alone has a gradient, and the terms.

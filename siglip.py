@@ -55,7 +55,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(c.num_patches, c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is to be float32 on a GPU, too
+        cudnn = torch.backends.cudnn
+        with cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):  # float32 is to be float32 on a GPU, too
             x = self.patch_embedding(pixel_values)  # (N,C,S/p,S/p)
         x = x.flatten(2).transpose(1, 2).contiguous()  # (N,P,C), row by row; all layers keep this order
         return x + self.position_embedding.weight

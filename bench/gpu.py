@@ -12,7 +12,7 @@ traceback is a row) or is stopped loses no other. In the order of what they are 
               (bench/gpu_right.py)
     ranks     torchrun with one rank: DDP and FSDP train what no torchrun trains, save, and go on
     real      Qwen1.5-4B -> 1.8B: seconds, memory, MFU (model FLOPs utilization) of ours and of the
-              straightforward way with transformers (bench/step.py), at batch 1, 4 and the largest that fits
+              straightforward way with transformers (bench/step.py), at batches up to 32 or what fits
     budget    the scripts in runs/, with the memory of one 24 GB card
     repeat    whether the real pair's steps repeat to the bit
     kernels   where the time of a step goes, with and without attention alignment
@@ -34,6 +34,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,14 +59,14 @@ def release(device: str) -> None:
 
 
 def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 1.0) -> dict | None:
-    """Steps of this batch: after the warm-up at least two -> a row; None where memory does not hold them."""
+    """After the warm-up at least three steps of this batch -> a row; None where memory does not hold them."""
     release(variant.device)
     try:
         variant.batch = make_batch(shape, variant.device)
         if variant.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         first, *_ = [variant.step() for _ in range(warm_up)]
-        steps = [variant.step(), variant.step()]
+        steps = [variant.step() for _ in range(3)]
         while sum(step["seconds"] for step in steps) < seconds and len(steps) < 10:
             steps.append(variant.step())
     except torch.OutOfMemoryError:
@@ -82,13 +83,19 @@ def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 
     }  # fmt: skip
 
 
+def card(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "no card, a CPU"
+
+
 def rates(o: argparse.Namespace) -> tuple[dict, float]:
     """What this card multiplies a second -> a row, FLOP/s of a large product."""
     side, common = 8192 if o.device == "cuda" else 256, most_common(replace(o.shape, batch=4))
     large, often = (matmul_rate(*x, o.device, torch.bfloat16) for x in ((side,) * 3, common))
-    name = torch.cuda.get_device_name() if o.device == "cuda" else "cpu"
     shape = str(o.shape).partition(" x ")[2]  # the batch varies
-    row = {"what": f"{name}, torch {torch.__version__}, {shape}", "large_matmul_tflops": large / 1e12}
+    row = {
+        "what": f"{card(o.device)}, torch {torch.__version__}, {shape}",
+        "large_matmul_tflops": large / 1e12,
+    }
     return row | {f"matmul_{'x'.join(map(str, common))}_tflops": often / 1e12}, large
 
 
@@ -122,14 +129,19 @@ def real(o: argparse.Namespace) -> Iterator[dict]:
 def points(name: str, flags: list[str] | str, batches, tune: str, rate: float, o, warm_up: int = 1):
     """One variant at growing batches, up to the first that does not fit."""
     release(o.device)
-    variant = Variant(flags, o.shape, o.device, "bf16", tune)
+    try:
+        variant = Variant(flags, o.shape, o.device, "bf16", tune)
+    except torch.OutOfMemoryError:
+        yield {"what": name, "batch": min(batches), "fits": False}
+        return
     for batch in batches if o.device == "cuda" else batches[:2]:
         shape = replace(o.shape, batch=batch)
         row = measured(variant, shape, warm_up)
         if row is None:
             yield {"what": name, "batch": batch, "fits": False}
             return
-        parts = [part for part in count(shape, tune=tune) if flags != NO_VAT or "VAT" not in part[0]]
+        parts = count(shape, "text" if flags == TEXT else "all", tune)
+        parts = [part for part in parts if flags != NO_VAT or "VAT" not in part[0]]
         flops = sum(part[1] for part in parts)
         yield {"what": name, "mfu": flops / row["s_per_step"] / rate, "tflop": flops / 1e12, **row}
 
@@ -317,9 +329,27 @@ def side_by_side(names: list[str], o: argparse.Namespace) -> None:
                 add_row(o, {"part": name, "error": f"stopped after {time.perf_counter() - started:.0f} s"})
     finally:  # whatever ends this process, too
         for process in running.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            end(process)
     print(f"{', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
+
+
+def commit() -> str:
+    """Of the code that runs, as far as git knows."""
+    try:
+        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a part and all that it has started; torchrun ends its workers, which are in other sessions."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(3)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def main() -> None:
@@ -330,10 +360,11 @@ def main() -> None:
     add("--out", type=Path, required=True, help="rows are added to this file, JSON lines")
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="(default: all)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
-    add("--shape", choices=list(SHAPES), default="real", help="of part real (default: %(default)s)")
+    add("--shape", choices=list(SHAPES), default="real", help="of the models (default: %(default)s)")
     add("--patience", type=number(float, 0.1), default=1.0, help="times each part's seconds (default: 1)")
     add("--inside", action="store_true", help="all in this process, without limits")
     o = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`
     if o.device == "cuda" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here; --device cpu --shape small shows whether all of this runs")
     o.shape_name, o.shape = o.shape, SHAPES[o.shape]
@@ -341,6 +372,7 @@ def main() -> None:
         for name in o.parts:
             one_part(name, o)
         return
+    add_row(o, {"part": "start", "card": card(o.device), "torch": torch.__version__, "commit": commit()})
     together = [name for name in ("right", "ranks") if name in o.parts]  # no load for a GPU
     for names in [together, *([name] for name in o.parts if name not in together)]:
         if names:

@@ -1,6 +1,7 @@
 """Tables of the rows that bench/gpu.py wrote: python bench/gpu_report.py results/h200.jsonl
 
-Prints Markdown, which stands in RESULTS.md; every ratio in it is computed here from rows of one call.
+Prints Markdown, which stands in RESULTS.md; every ratio in it is computed here, from rows of one call. A row
+with a note (put there by hand: what disturbed it) is shown with it, and no ratio is made of it.
 """
 
 import json
@@ -9,9 +10,34 @@ from pathlib import Path
 
 
 def report(rows: list[dict]) -> str:
-    """Rows of one card, from several calls of bench/gpu.py -> Markdown."""
-    calls = list(dict.fromkeys(row["call"] for row in rows))
-    return "\n\n".join([right(rows), *(real(rows, call) for call in calls), others(rows)]) + "\n"
+    """The rows of several calls of bench/gpu.py, each of which begins with a row `start` -> Markdown."""
+    calls = []
+    for row in rows:
+        if row["part"] == "start" or not calls:
+            calls.append([])
+        calls[-1].append(row)
+    return "\n\n".join(text for number, call in enumerate(calls, 1) for text in sections(number, call)) + "\n"
+
+
+def sections(number: int, rows: list[dict]) -> list[str]:
+    """One call's rows -> its headline, and a section for each part that has rows."""
+    found = {}
+    for row in rows:
+        found.setdefault("cut" if "error" in row else row["part"], []).append(row)
+    start = found.get("start", [{}])[0]
+    texts = [f"### Call {number}: {start.get('card', 'a card')}, commit {start.get('commit', 'unknown')}"]
+    parts = {
+        ("right", "ranks"): right,
+        ("real", "compiled"): real,
+        ("budget",): budget,
+        ("scoring",): scoring,
+        ("kernels",): kernels,
+        ("repeat", "tiny", "cut"): rest,
+    }
+    for names, section in parts.items():
+        if some := [row for name in names for row in found.get(name, [])]:
+            texts.append(section(some))
+    return texts
 
 
 def table(head: list[str], cells: list[list[str]]) -> str:
@@ -19,17 +45,17 @@ def table(head: list[str], cells: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def of(rows: list[dict], *parts: str, call: int | None = None) -> list[dict]:
-    """The rows of these parts, without those that say what failed or was cut off."""
-    return [r for r in rows if r["part"] in parts and call in (None, r["call"]) and "error" not in r]
+# ---------------------------------------------------------------- sections
 
 
 def right(rows: list[dict]) -> str:
-    cells = []
-    for row in of(rows, "right", "ranks"):
+    cells, lines = [], []
+    for row in rows:
         off = row.get("off", row.get("max_abs"))
         off = max(off.values()) if isinstance(off, dict) else off
         if "kernels" in row:
+            names = " and ".join(kernel.split(" defaults")[0] for kernel in row["kernels"])
+            lines.append(f"{row['what']}, says torch: {names or 'none'}")
             continue
         found = f"{row['same']} of {row['of']} the same" if "same" in row else ""
         if "stopped_is_whole" in row:
@@ -37,91 +63,86 @@ def right(rows: list[dict]) -> str:
         elif off is not None:
             found = f"{off:.1e}"
         cells.append([row["what"], found, "yes" if row["ok"] else "NO"])
-    return "### The same numbers as elsewhere\n\n" + table(["what", "largest difference", "holds"], cells)
+    return "\n\n".join([table(["right, ranks", "largest difference", "holds"], cells), *lines])
 
 
-def real(rows: list[dict], call: int) -> str:
-    """One call's steps of the real pair, and the ratios that they give."""
-    some = [r for r in of(rows, "real", "compiled", call=call) if "beside" not in r]
-    head, *_ = of(some, "real")
-    rate = head["large_matmul_tflops"]
-    steps = {(r["what"], r["batch"]): r for r in some if "s_per_step" in r}
+def real(rows: list[dict]) -> str:
+    """Steps of the real pair, and the ratios that they give."""
+    rate = max(row["large_matmul_tflops"] for row in rows if "large_matmul_tflops" in row)
     cells = []
-    for (what, batch), r in steps.items():
-        mfu = f"{100 * r['tflop'] / r['s_per_step'] / rate:.0f} %"
-        numbers = [f"{r['s_per_step']:.3f}", f"{r['samples_per_s']:.1f}", mfu, f"{r['peak_gb']:.1f}"]
-        cells.append([what, str(batch), *numbers, f"{r['above_gb']:.1f}"])
-    cells += [[r["what"], str(r["batch"]), "does not fit", "", "", "", ""] for r in some if "fits" in r]
-    heads = ["", "batch", "s a step", "samples/s", "MFU", "peak GB", "above weights"]
-    title = f"### A step of the real pair (call {call}, commit {head['commit']})"
-    about = f"{head['what']}; bf16, {rate:.0f} TFLOP/s in a large matmul"
-    lines = "\n".join([*ratios(steps, "lora"), *ratios(steps, "full")])
-    return "\n\n".join([title, about, table(heads, cells), lines])
+    for row in rows:
+        if "fits" in row:
+            cells.append([row["what"], str(row["batch"]), "does not fit", *[""] * 6])
+        if "s_per_step" not in row:
+            continue
+        seconds = [f"{row[name]:.3f}" for name in ("s_per_step", "fastest", "slowest")]
+        mfu = f"{100 * row['tflop'] / row['s_per_step'] / rate:.0f} %"
+        numbers = [seconds[0], "-".join(seconds[1:]), f"{row['samples_per_s']:.1f}", mfu]
+        memory = [f"{row['peak_gb']:.1f}", f"{row['above_gb']:.1f}"]
+        cells.append([row["what"], str(row["batch"]), *numbers, *memory, row.get("note", "")])
+    steps = {(r["what"], r["batch"]): r for r in rows if "s_per_step" in r and "note" not in r}
+    heads = ["real, compiled", "batch", "s a step", "from-to", "samples/s", "MFU", "peak GB", "above", ""]
+    about = f"{rows[0]['what']}; bf16, MFU of {rate:.0f} TFLOP/s, above: weights and moments"
+    lines = "\n".join(line for tune in ("lora", "full") for line in ratios(steps, tune))
+    return "\n\n".join([about, table(heads, cells), lines])
 
 
 def ratios(steps: dict[tuple[str, int], dict], tune: str) -> list[str]:
-    """What {(variant, batch): row} of one call say of ours beside transformers, and of alignment."""
+    """What {(variant, batch): row} of one call say of alignment, and of ours beside transformers."""
     ours, plain, none, checkpointing = (
         {batch: row for (what, batch), row in steps.items() if what == f"{tune}, {name}"}
         for name in ("ours", "transformers", "ours, no VAT", "ours, checkpointing")
     )
-    more = {b: ours[b]["s_per_step"] / none[b]["s_per_step"] - 1 for b in none if b in ours}
-    added = ", ".join(f"{100 * share:.0f} % at batch {b}" for b, share in more.items())
-    best, other = (max(row["samples_per_s"] for row in some.values()) for some in (ours, plain))
-    lines = [
-        f"- {tune}: alignment (VAT, all rows) adds {added} to the time of a step",
-        f"- {tune}: {best / other:.1f} times the samples/s of transformers, each at its best batch",
-    ]
+    lines = []
+    if more := {b: ours[b]["s_per_step"] / none[b]["s_per_step"] - 1 for b in none if b in ours}:
+        added = ", ".join(f"{100 * share:.0f} % at batch {b}" for b, share in more.items())
+        lines.append(f"- {tune}: alignment (VAT, all rows) adds {added} to the time of a step")
+    if ours and plain:
+        best, other = (max(row["samples_per_s"] for row in some.values()) for some in (ours, plain))
+        times = f"{best / other:.1f} times the samples/s of transformers"
+        lines.append(f"- {tune}: {times}, each at its best batch")
     for name, some in (tune, ours), (f"{tune} with checkpointing", checkpointing):
-        if b := max(some.keys() & plain.keys(), default=0):
-            whole, above = (some[b][key] / plain[b][key] for key in ("peak_gb", "above_gb"))
-            share = f"{whole:.2f} of transformers' memory, {above:.2f} above weights and moments"
-            lines.append(f"- {name}, batch {b}: {share}")
+        for b in sorted(some.keys() & plain.keys()):
+            speed, whole, above = (
+                some[b][key] / plain[b][key] for key in ("samples_per_s", "peak_gb", "above_gb")
+            )
+            share = f"{whole:.2f} of its memory, {above:.2f} above weights and moments"
+            lines.append(f"- {name}, batch {b}: {speed:.1f} times the samples/s of transformers, {share}")
     return lines
 
 
-def others(rows: list[dict]) -> str:
-    parts = []
+def budget(rows: list[dict]) -> str:
     cells = [
-        [r["what"], str(r["batch"]), f"{r['peak_gb']:.1f}", f"{r['samples_per_s']:.1f}", f"call {r['call']}"]
-        for r in of(rows, "budget")
+        [r["what"], str(r["batch"]), f"{r['peak_gb']:.1f}", f"{r['samples_per_s']:.1f}", r.get("note", "")]
+        if "peak_gb" in r
+        else [r["what"], str(r["batch"]), "does not fit", "", ""]
+        for r in rows
     ]
-    heads = ["1,536 tokens, checkpointing, bf16", "batch", "peak GB", "samples/s", ""]
-    parts.append("### With the memory of one 24 GB card\n\n" + table(heads, cells))
-    cells = []
-    for r in of(rows, "scoring"):
-        if "one answer" in r["what"]:
-            slow = r["items_per_s"]
-        cells.append(
-            [r["what"], str(r["items"]), f"{r['items_per_s']:.1f}", f"{r['items_per_s'] / slow:.0f}"]
-        )
-    parts.append("### Scoring, 1.8B, bf16\n\n" + table(["", "items", "items/s", "times"], cells))
-    for r in of(rows, "kernels")[:2]:
+    heads = ["budget: 24 GB, 1,536 tokens, checkpointing, bf16", "batch", "peak GB", "samples/s", ""]
+    return table(heads, cells)
+
+
+def scoring(rows: list[dict]) -> str:
+    cells, slow = [], {}
+    for r in rows:
+        kind, _, way = r["what"].partition(": ")
+        rate = r["items_per_s"]
+        slow.setdefault(kind, rate)  # one at a time comes first
+        times = f"{rate / slow[kind]:.0f}"
+        cells.append([kind, way, str(r["items"]), f"{rate:.1f}", times, r.get("note", "")])
+    return table(["scoring: 1.8B, bf16", "", "items", "items/s", "times", ""], cells)
+
+
+def kernels(rows: list[dict]) -> str:
+    texts = []
+    for r in rows:
         cells = [
             [f"{t['ms']:.2f}", f"{100 * t['share']:.1f} %", str(t["calls"]), f"`{brief(t['kernel'])}`"]
             for t in r["top"]
         ]
-        head = f"### Kernels of a step: {r['what']}, batch {r['batch']}, call {r['call']}\n\n"
-        head += f"{r['ms_of_kernels']:.0f} ms in {r['launches']:,} kernels\n\n"
-        parts.append(head + table(["ms", "share", "calls", "kernel"], cells))
-    lines = []
-    for r in of(rows, "repeat"):
-        same = f"{r['same']} of {r['tensors']} trained tensors have the same bits"
-        lines.append(
-            f"- three steps of the real pair, twice, {r['what']}: {same}; {r['s_per_step']:.3f} s a step"
-        )
-    for r in of(rows, "tiny"):
-        share = f", {r['steps']:,} of {r['of']:,} steps" if "steps" in r else ""
-        lines.append(f"- {r['what']}: {r['seconds']:.0f} s{share}")
-    for r in of(rows, "right"):
-        if "kernels" in r:
-            names = " and ".join(kernel.split(" defaults")[0] for kernel in r["kernels"])
-            lines.append(f"- {r['what']}, says torch: {names or 'none'}")
-    cut = [f"{r['part']} (call {r['call']})" for r in rows if "error" in r]
-    lines.append(
-        f"- cut off by their limits, rows so far above: {', '.join(cut)}" if cut else "- nothing was cut off"
-    )
-    return "\n\n".join([*parts, "### The rest\n\n" + "\n".join(lines)])
+        about = f"{r['what']}, batch {r['batch']}: {r['ms_of_kernels']:.0f} ms in {r['launches']:,} kernels"
+        texts += [about, table(["ms", "share", "calls", "kernel"], cells)]
+    return "\n\n".join(texts)
 
 
 def brief(kernel: str) -> str:
@@ -130,10 +151,43 @@ def brief(kernel: str) -> str:
     return kernel[:70]
 
 
+def rest(rows: list[dict]) -> str:
+    lines = []
+    for r in rows:
+        if "error" in r:
+            text = r["error"].strip().splitlines()[-1]
+        elif r["part"] == "repeat":
+            text = (
+                f"{r['same']} of {r['tensors']} trained tensors have the same bits in two runs of three steps"
+            )
+            text = f"{r['what']}, {text}; {r['s_per_step']:.3f} s a step"
+        else:
+            share = f", {r['steps']:,} of {r['of']:,} steps" if "steps" in r else ""
+            text = f"{r['what']}: {r['seconds']:.0f} s{share}"
+        note = f" ({r['note']})" if "note" in r else ""
+        lines.append(f"- {r['part']}: {text}{note}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def read_rows(file: Path) -> list[dict]:
+    """ValueError, OSError: no rows of bench/gpu.py."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if not rows or not all(isinstance(row, dict) and "part" in row for row in rows):
+        raise ValueError("no rows")
+    return rows
+
+
 def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python bench/gpu_report.py ROWS.jsonl")
-    print(report([json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]), end="")
+    try:
+        rows = read_rows(Path(sys.argv[1]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"{sys.argv[1]} has no rows of bench/gpu.py ({error})")
+    print(report(rows), end="")
 
 
 if __name__ == "__main__":

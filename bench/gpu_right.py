@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -134,10 +135,10 @@ def golden_losses(device: str) -> Iterator[dict]:
 
 def forms(device: str) -> Iterator[dict]:
     """One step of a small pair: lean, plain and transformers; and what has no deterministic kernel."""
-    for precision in DTYPES:
+    for precision, tune in product(DTYPES, ("full", "lora")):
         ways = {"lean": [], "plain": ["--plain"], "transformers": "answers"}
         losses = {
-            name: Variant(how, SHAPES["small"], device, precision, "full").step()["losses"]
+            name: Variant(how, SHAPES["small"], device, precision, tune).step()["losses"]
             for name, how in ways.items()
         }
         off = {
@@ -145,7 +146,8 @@ def forms(device: str) -> Iterator[dict]:
             for other in ("plain", "transformers")
         }
         ok = max(off.values()) < TOLERANCE[precision]
-        yield {"what": f"a step in three forms, {precision}", "off": off, "losses": losses["lean"], "ok": ok}
+        what = f"a step in three forms, {tune}, {precision}"
+        yield {"what": what, "off": off, "losses": losses["lean"], "ok": ok}
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         torch.use_deterministic_algorithms(True, warn_only=True)

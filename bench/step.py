@@ -134,7 +134,6 @@ def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") ->
     student.adapter.student.requires_grad_(True)
     if tune == "full":
         lm.requires_grad_(True)
-    torch.manual_seed(0)  # of the low-rank adaptation, which comes later
     return student, teacher
 
 
@@ -249,6 +248,8 @@ class Variant:
             student.adapter.teacher = copy.deepcopy(teacher.adapter)
             teacher.requires_grad_(False)
         if tune == "lora":
+            student.lm.requires_grad_(False)  # transformers' part is new, embeddings and head trainable
+            torch.manual_seed(0)  # the same adaptation in every variant
             add_lora(student.lm.model.layers, c.lora_rank, c.lora_alpha, 0.0)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, weight_decay=0.0, fused=True)
@@ -262,7 +263,7 @@ class Variant:
             if c.compile:
                 compile_layers(student, teacher)
         weights = {tensor for vlm in (student, teacher) for tensor in vlm.parameters()}
-        self.static = sum(tensor.nbytes * (4 if tensor.requires_grad else 1) for tensor in weights)
+        self.static = sum(tensor.nbytes * (3 if tensor.requires_grad else 1) for tensor in weights)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # what is measured begins with models that are built
 
@@ -410,7 +411,7 @@ def step(options: argparse.Namespace) -> None:
         rows[name] = row | dict(zip(("times_ours_time", "times_ours_memory"), times))
     seconds = [f"{floor:.3f}", "", f"{shape.batch / floor:.3f}", "", ""]
     show([*table, ["matmul floor", *seconds, f"{floor / rows[ours]['seconds']:.3f}", ""]])
-    print("* above weights, gradients and AdamW's state; on the CPU with what Python and torch hold")
+    print("* above weights and AdamW's moments; on the CPU with what Python and torch hold")
     show_vat(groups[-1])
     product, times = "x".join(map(str, common)), [rows[name]["seconds"] / floor for name in (ours, plain)]
     print(f"floor: {flops / 1e9:,.1f} GFLOP at {rate / 1e9:,.1f} GFLOP/s (matmul {product});", end=" ")

@@ -7,8 +7,8 @@
 #
 # Killed, or Ctrl-C: run it again, and it goes on where it stopped. For a first try add --steps 500 and another OUT.
 #
-# Memory: 13.6 GB, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget). With --batch-size 32
-# it is 18.7 GB, and nearly three times the samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient
+# Memory: 13.6 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget); with
+# --batch-size 32 it is 18.7 GB, at 16 samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient
 # checkpointing, as
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          0.9 GB   student, 0.46 B x 2
 #    0.9 GB   so400m and P_t, 0.44 B x 2                     1.0 GB   LoRA, 61 M x (4 weight + 8 AdamW + 4 gradient)

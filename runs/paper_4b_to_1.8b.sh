@@ -8,14 +8,14 @@
 # Killed, out of time, or Ctrl-C: run it again, and it goes on where it stopped. For full tuning instead of LoRA add
 # --tune full --parallel fsdp.
 #
-# Memory of a GPU: 17.5 GB, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget), at 8
-# samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient checkpointing, as
+# Memory of a GPU: 17.5 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget),
+# at 8 samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient checkpointing, as
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          3.7 GB   student, 1.84 B x 2
 #    0.9 GB   so400m and P_t, 0.44 B x 2                     2.4 GB   LoRA, 120 M x (4 weight + 8 AdamW + 4 gradient + 4 in transit)
 #    1.6 GB   student: 24 layer inputs, 4 x 1536 x 2048 x 2 bytes each, and one layer computed again
 #    0.5 GB   attention alignment: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
 #    0.7 GB   one layer of the teacher, 64 rows of logits of both models
-#   about 18 GB in all. 40 or 80 GB cards hold a larger --batch-size, which is faster.
+#   about 18 GB in all. 40 or 80 GB cards hold a larger --batch-size.
 # Full tuning instead (--tune full), an estimate: 1.84 B x 18 bytes = 33 GB in the place of 6.1, over the GPUs with fsdp.
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"

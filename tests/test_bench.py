@@ -32,6 +32,17 @@ def test_flops_are_those_that_torch_counts(tune):
     assert of_attention == sum(whole for part, _, whole, _ in attention(shape) if "VAT" not in part)
 
 
+@pytest.mark.parametrize("tune", ["full", "lora"])
+def test_the_straightforward_way_trains_the_same_and_computes_the_same(tune):
+    """As many parameters, from the same start: its losses and gradient norm are ours."""
+    variants = [Variant(flags, SHAPES["small"], "cpu", "fp32", tune) for flags in ([], "answers", "all")]
+    sizes = [sum(p.numel() for p in variant.parameters) for variant in variants]
+    assert sizes[0] == sizes[1] == sizes[2] > 100_000
+    ours, *others = [variant.step()["losses"] for variant in variants]
+    for losses in others:
+        assert losses == pytest.approx(ours, rel=1e-5)
+
+
 # ---------------------------------------------------------------- gpu.py
 
 
@@ -79,7 +90,7 @@ def test_everything_that_gpu_py_measures_runs_on_a_cpu(tmp_path):
     assert done.returncode == 0 and not [row for row in rows if "error" in row], rows
     assert {row["part"] for row in rows} == set(parts)
     assert all(row.get("ok", True) for row in rows), rows
-    gpu_report.report([{"call": 1, "commit": "this", **row} for row in rows])
+    assert gpu_report.report(rows).count("\n| ") > 50
 
 
 # ---------------------------------------------------------------- the tables
@@ -105,6 +116,27 @@ def test_ratios_by_hand():
     assert gpu_report.ratios(steps, "lora") == [
         "- lora: alignment (VAT, all rows) adds 10 % at batch 4 to the time of a step",
         "- lora: 2.0 times the samples/s of transformers, each at its best batch",
-        "- lora, batch 4: 0.25 of transformers' memory, 0.12 above weights and moments",
-        "- lora with checkpointing, batch 4: 0.20 of transformers' memory, 0.06 above weights and moments",
+        "- lora, batch 4: 1.8 times the samples/s of transformers, 0.25 of its memory, "
+        "0.12 above weights and moments",
+        "- lora with checkpointing, batch 4: 1.3 times the samples/s of transformers, 0.20 of its memory, "
+        "0.06 above weights and moments",
     ]
+    assert gpu_report.ratios(steps, "full") == []
+
+
+@pytest.mark.parametrize(
+    "part", [{"part": "budget", "what": "x", "batch": 4, "fits": False}, {"part": "start"}]
+)
+def test_tables_of_what_is_there(part):
+    """One part alone, as the program wrote it."""
+    assert gpu_report.report([part]).startswith("### Call 1")
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]\n", "{", None])
+def test_a_file_without_rows_is_one_sentence(tmp_path, text):
+    file = tmp_path / "rows"
+    if text is not None:
+        file.write_text(text)
+    argv = [sys.executable, ROOT / "bench/gpu_report.py", file]
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(f"{file} has no rows") and done.stdout == ""

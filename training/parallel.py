@@ -13,12 +13,13 @@ from model import DTYPES
 
 
 def compute_dtype(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context that a forward pass runs in: autocast for bf16, nothing for fp32.
+    """The context that what is trained runs forward in: autocast for bf16, nothing for fp32.
 
-    bf16: products in bfloat16. Frozen weights are held in it, too (load_models): they are only read. Trained
-    weights and AdamW's moments stay float32, because a step of 2e-4 is smaller than the distance of two
-    neighbours in bfloat16 (2^-8 of the weight) and would be rounded away; a next stage that freezes them
-    rounds them once. The softmax of attention, norms and losses are float32 in any case.
+    bf16: products in bfloat16. Frozen weights are held in it (load_models), since they are only read; teacher
+    and vision encoder, all frozen, need no autocast. Trained weights and AdamW's moments stay float32,
+    because a step of 2e-4 is smaller than the distance of two neighbours in bfloat16 (2^-8 of the weight) and
+    would be rounded away; a next stage that freezes them rounds them once. Softmax and norms are computed,
+    losses computed and kept in float32 in any case.
     """
     return torch.autocast(device.type, DTYPES[precision]) if precision == "bf16" else nullcontext()
 
