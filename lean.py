@@ -62,8 +62,9 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
         visible = S - T + stop  # keys; no query of these sees one beyond
         part_mask = None if mask is None else mask[:, :, start:stop, :visible]
         inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S
-        parts.append(checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False))
-    return torch.cat(parts, 1)[:, rows.start - first :]
+        part = checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        parts.append(part[:, max(0, rows.start - start) :])
+    return torch.cat(parts, 1)
 
 
 def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, keys: int) -> Tensor:

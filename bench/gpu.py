@@ -44,10 +44,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import scoring  # noqa: E402
+from bench.gpu_report import read_rows  # noqa: E402
 from bench.gpu_right import command, ranks, right  # noqa: E402
 from bench.step import SHAPES, Shape, Variant, count, make_batch, matmul_rate, most_common, qwen  # noqa: E402
-from support.program import number  # noqa: E402
+from support.errors import BadInput  # noqa: E402
+from support.program import number, one_sentence, parse  # noqa: E402
 from support.world import make_world  # noqa: E402
+from training.log import append  # noqa: E402
 
 # ---------------------------------------------------------------- real: speed and memory of the real pair
 
@@ -292,8 +295,7 @@ PARTS = {  # name: function, seconds it may take; the first two run side by side
 
 
 def add_row(o: argparse.Namespace, row: dict) -> None:
-    with open(o.out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append(o.out, row)
     print(" ".join(f"{name} {brief(value)}" for name, value in row.items()), flush=True)
 
 
@@ -313,11 +315,15 @@ def one_part(name: str, o: argparse.Namespace) -> None:
         add_row(o, {"part": name, "error": traceback.format_exc()[-3000:]})
 
 
-def side_by_side(names: list[str], o: argparse.Namespace) -> None:
-    """Each part as a process, at the same time, until all have ended or their time is up."""
+def side_by_side(names: list[str], o: argparse.Namespace, folder: str) -> None:
+    """Each part as a process, at the same time, until all have ended or their time is up.
+
+    folder: of what they write; some leave it when they are killed.
+    """
     own = ["--out", o.out, "--device", o.device, "--shape", o.shape_name]
     argv = [sys.executable, __file__, *own, "--inside", "--parts"]
-    running = {name: subprocess.Popen([*map(str, argv), name], start_new_session=True) for name in names}
+    how = {"start_new_session": True, "env": os.environ | {"TMPDIR": folder}}
+    running = {name: subprocess.Popen([*map(str, argv), name], **how) for name in names}
     started = time.perf_counter()
     try:
         for name, process in running.items():
@@ -363,20 +369,28 @@ def main() -> None:
     add("--shape", choices=list(SHAPES), default="real", help="of the models (default: %(default)s)")
     add("--patience", type=number(float, 0.1), default=1.0, help="times each part's seconds (default: 1)")
     add("--inside", action="store_true", help="all in this process, without limits")
-    o = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through `finally`
+    with one_sentence("stopped"):
+        measure_parts(parse(parser))
+
+
+def measure_parts(o: argparse.Namespace) -> None:
     if o.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("torch sees no GPU here; --device cpu --shape small shows whether all of this runs")
+        raise BadInput("torch sees no GPU here; --device cpu --shape small shows whether all of this runs")
     o.shape_name, o.shape = o.shape, SHAPES[o.shape]
     if o.inside:
         for name in o.parts:
             one_part(name, o)
         return
+    before = len(read_rows(o.out)) if o.out.exists() else 0
     add_row(o, {"part": "start", "card": card(o.device), "torch": torch.__version__, "commit": commit()})
     together = [name for name in ("right", "ranks") if name in o.parts]  # no load for a GPU
-    for names in [together, *([name] for name in o.parts if name not in together)]:
-        if names:
-            side_by_side(names, o)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for names in [together, *([name] for name in o.parts if name not in together)]:
+            if names:
+                side_by_side(names, o, folder)
+    rows = read_rows(o.out)[before:]
+    if bad := [row.get("what", row["part"]) for row in rows if "error" in row or not row.get("ok", True)]:
+        raise BadInput(f"{o.out} says what failed or was stopped: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

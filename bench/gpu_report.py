@@ -4,9 +4,16 @@ Prints Markdown, which stands in RESULTS.md; every ratio in it is computed here,
 with a note (put there by hand: what disturbed it) is shown with it, and no ratio is made of it.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from support.errors import BadInput  # noqa: E402
+from support.files import read_text  # noqa: E402
+from support.program import one_sentence, parse  # noqa: E402
 
 
 def report(rows: list[dict]) -> str:
@@ -173,21 +180,30 @@ def rest(rows: list[dict]) -> str:
 
 
 def read_rows(file: Path) -> list[dict]:
-    """ValueError, OSError: no rows of bench/gpu.py."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    if not rows or not all(isinstance(row, dict) and "part" in row for row in rows):
-        raise ValueError("no rows")
+    """The rows in a file of bench/gpu.py. BadInput: it is none, or its end is cut off."""
+    rows, number, text = [], 0, read_text(file)
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("part"), str):
+            raise BadInput(
+                f"{file}, line {number}, is no row of bench/gpu.py; remove it or choose another file"
+            )
+        rows.append(row)
+    if not rows or not text.endswith("\n"):
+        raise BadInput(f"{file} ends after {number} rows without a whole line; choose another file")
     return rows
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit("usage: python bench/gpu_report.py ROWS.jsonl")
-    try:
-        rows = read_rows(Path(sys.argv[1]))
-    except (OSError, ValueError) as error:
-        sys.exit(f"{sys.argv[1]} has no rows of bench/gpu.py ({error})")
-    print(report(rows), end="")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("rows", type=Path, help="what bench/gpu.py --out has written")
+    with one_sentence(without_reader=False):
+        print(report(read_rows(parse(parser).rows)), end="")
 
 
 if __name__ == "__main__":

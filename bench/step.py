@@ -44,8 +44,10 @@ import train  # noqa: E402
 from model import DTYPES, VLM  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
 from siglip import SiglipConfig  # noqa: E402
+from support.errors import BadInput  # noqa: E402
+from support.files import check_output  # noqa: E402
 from support.layouts import VLMConfig  # noqa: E402
-from support.program import number  # noqa: E402
+from support.program import number, one_sentence, parse  # noqa: E402
 from training import recipes  # noqa: E402
 from training.log import peak_memory  # noqa: E402
 from training.lora import add_lora  # noqa: E402
@@ -538,21 +540,25 @@ def most_common(shape: Shape) -> tuple[int, int, int]:
     return flops.most_common(1)[0][0]
 
 
-def trained(shape: Shape) -> int:
-    """Parameters of the student's language model and P_s."""
+def trained(shape: Shape, tune: str = "full") -> int:
+    """Parameters of P_s, and of the student's language model or its low-rank adaptation."""
     with torch.device("meta"):
         modules = Qwen(shape.student), nn.Linear(shape.teacher.hidden_size, shape.student.hidden_size)
-    return sum(p.numel() for module in modules for p in module.parameters())
+    lm, p_s = (sum(p.numel() for p in module.parameters()) for module in modules)
+    if tune == "lora":
+        lm = sum(K * N * times for part, _, K, N, times in matmuls(shape, tune) if part == "LoRA")
+    return lm + p_s
 
 
 def floor(options: argparse.Namespace) -> None:
     """FLOPs (two per multiply-add) and bytes (float32) of a step, in a table."""
-    shape, rows = options.shape, count(options.shape)
+    shape, rows = options.shape, count(options.shape, tune=options.tune)
     s, t, B, T = shape.student, shape.teacher, shape.batch, shape.tokens
     total, full, moved = [sum(column) for column in list(zip(*rows))[1:]]
     unit, scale = ("TFLOP", 1e12) if total > 1e13 else ("GFLOP", 1e9)
     flops = {part: seen / scale for part, seen, _, _ in rows}
-    print(f"{shape}; {trained(shape):,} parameters trained")
+    number = trained(shape, options.tune)
+    print(f"{shape}; {number:,} parameters trained")
     table = [[p, f"{seen / scale:.2f}", f"{seen / total:.1%}", f"{n / 1e9:.2f}"] for p, seen, _, n in rows]
     table.append(["total, the causal half of attention", f"{total / scale:.2f}", "", f"{moved / 1e9:.2f}"])
     table.append(["total, attention counted whole", f"{full / scale:.2f}", "", ""])
@@ -561,7 +567,7 @@ def floor(options: argparse.Namespace) -> None:
     show([["", unit, "share", "GB moved"], *table])
     vat = [sum(row[1] for row in count(shape, q) if row[0].startswith("VAT")) for q in ("all", "text")]
     print(f"VAT: all rows {vat[0] / total:.1%} of the total, text rows {vat[1] / total:.1%}")
-    print(f"AdamW, beside it: {28 * trained(shape) / 1e9:.2f} GB moved (7 x 4 bytes a trained parameter)")
+    print(f"AdamW, beside it: {28 * number / 1e9:.2f} GB moved (7 x 4 bytes a trained parameter)")
     print(f"most FLOPs in one shape of matmul: {'x'.join(map(str, most_common(shape)))}")
     twice = sum(value for part, value in flops.items() if part.startswith(("SigLIP", "P_t")))
     heads = sum(value for part, value in flops.items() if "head" in part) * (T / shape.answers - 1)
@@ -669,17 +675,28 @@ def main() -> None:
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
         command.add_argument("--batch", type=number(int, 1), help="samples (default: the shape's)")
+        command.add_argument("--tune", choices=["full", "lora"], default="full", help="(default: full)")
         if rounds:
             command.add_argument(
                 "--rounds", type=number(int, 1), default=rounds, help="(default: %(default)s)"
             )
-            command.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads())
+            command.add_argument("--threads", type=number(int, 1, 1024), default=torch.get_num_threads())
             command.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
             command.add_argument("--precision", choices=list(DTYPES), default="fp32")
-            command.add_argument("--tune", choices=["full", "lora"], default="full")
             command.add_argument("--out", type=Path, help="write all numbers there, JSON")
-    commands.add_parser("data").add_argument("--size", type=int, default=384, help="(default: %(default)s)")
-    options = parser.parse_args()
+    commands.add_parser("data").add_argument(
+        "--size", type=number(int, 14, 1e4), default=384, help="(default: %(default)s)"
+    )
+    with one_sentence("stopped"):
+        options = parse(parser)
+        if getattr(options, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+            raise BadInput("torch sees no GPU here; leave --device out")
+        if getattr(options, "out", None):
+            check_output(options.out, b"{")
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
     if options.command != "data":
         shape = SHAPES[options.shape]
         options.shape_name, options.shape = options.shape, replace(shape, batch=options.batch or shape.batch)

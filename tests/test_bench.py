@@ -1,8 +1,10 @@
 """bench/: the FLOPs that MFU divides by, the parts of gpu.py, and the tables made of its rows."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import gpu_report
-from bench.step import SHAPES, Variant, attention, matmuls
+from bench.step import SHAPES, Variant, attention, matmuls, trained
+from support.ranks import is_running
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +40,7 @@ def test_the_straightforward_way_trains_the_same_and_computes_the_same(tune):
     """As many parameters, from the same start: its losses and gradient norm are ours."""
     variants = [Variant(flags, SHAPES["small"], "cpu", "fp32", tune) for flags in ([], "answers", "all")]
     sizes = [sum(p.numel() for p in variant.parameters) for variant in variants]
-    assert sizes[0] == sizes[1] == sizes[2] > 100_000
+    assert sizes == [trained(SHAPES["small"], tune)] * 3
     ours, *others = [variant.step()["losses"] for variant in variants]
     for losses in others:
         assert losses == pytest.approx(ours, rel=1e-5)
@@ -58,9 +61,31 @@ def rows_in(file: Path) -> list[dict]:
 def test_a_part_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path):
     argv = ["--out", tmp_path / "rows", "--device", "cpu", "--shape", "small", "--parts", "compiled", "tiny"]
     done = gpu(*argv, "--patience", 0.1)  # 5 and 6 seconds
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1 and "says what failed or was stopped: compiled, tiny" in done.stderr
     stopped = [row["part"] for row in rows_in(tmp_path / "rows") if "stopped after" in row.get("error", "")]
     assert stopped == ["compiled", "tiny"]
+
+
+def test_a_file_that_cannot_take_rows_is_refused_before_the_work(tmp_path):
+    (tmp_path / "rows").write_text("not json")
+    for out in (tmp_path, tmp_path / "no/folder", tmp_path / "rows"):
+        done = gpu("--out", out, "--device", "cpu", "--shape", "small", "--parts", "tiny")
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and str(out) in done.stderr
+        assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_sigterm_ends_the_parts_too(tmp_path):
+    argv = [sys.executable, ROOT / "bench/gpu.py", "--out", tmp_path / "rows", "--device", "cpu"]
+    words = [*argv, "--shape", "small", "--parts", "tiny"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    parts = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    limit = time.time() + 60
+    while not (children := parts.read_text().split()) and time.time() < limit:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=30)[1] == "stopped\n" and process.returncode == 1
+    assert children and not any(is_running(int(child)) for child in children)
 
 
 def test_a_part_that_fails_leaves_its_traceback_in_a_row(tmp_path):
@@ -77,7 +102,7 @@ def test_a_part_that_fails_leaves_its_traceback_in_a_row(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path):
     done = gpu("--out", tmp_path / "rows")
-    assert done.returncode == 1 and done.stderr.startswith("torch sees no GPU") and done.stdout == ""
+    assert done.returncode == 1 and done.stderr.startswith("error: torch sees no GPU") and done.stdout == ""
 
 
 @pytest.mark.slow
@@ -139,4 +164,5 @@ def test_a_file_without_rows_is_one_sentence(tmp_path, text):
         file.write_text(text)
     argv = [sys.executable, ROOT / "bench/gpu_report.py", file]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith(f"{file} has no rows") and done.stdout == ""
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and str(file) in done.stderr
