@@ -36,6 +36,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,7 +47,7 @@ sys.path.insert(0, str(ROOT))
 from bench import scoring  # noqa: E402
 from bench.gpu_report import read_rows  # noqa: E402
 from bench.gpu_right import command, ranks, right  # noqa: E402
-from bench.step import SHAPES, Shape, Variant, count, make_batch, matmul_rate, most_common, qwen  # noqa: E402
+from bench.step import SHAPES, Shape, Variant, count, machine, make_batch, matmul_rate, most_common, qwen  # noqa: E402
 from support.errors import BadInput  # noqa: E402
 from support.program import number, one_sentence, parse  # noqa: E402
 from support.world import make_world  # noqa: E402
@@ -86,20 +87,16 @@ def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 
     }  # fmt: skip
 
 
-def card(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "no card, a CPU"
-
-
-def rates(o: argparse.Namespace) -> tuple[dict, float]:
-    """What this card multiplies a second -> a row, FLOP/s of a large product."""
+def rates(o: argparse.Namespace) -> dict:
+    """A row: what this card multiplies a second, in a large product and in the step's most common one."""
     side, common = 8192 if o.device == "cuda" else 256, most_common(replace(o.shape, batch=4))
     large, often = (matmul_rate(*x, o.device, torch.bfloat16) for x in ((side,) * 3, common))
     shape = str(o.shape).partition(" x ")[2]  # the batch varies
-    row = {
-        "what": f"{card(o.device)}, torch {torch.__version__}, {shape}",
+    return {
+        "what": f"{machine(o.device)}, torch {torch.__version__}, {shape}",
         "large_matmul_tflops": large / 1e12,
+        f"matmul_{'x'.join(map(str, common))}_tflops": often / 1e12,
     }
-    return row | {f"matmul_{'x'.join(map(str, common))}_tflops": often / 1e12}, large
 
 
 CHECKPOINTING, NO_VAT, TEXT = ["--gradient-checkpointing"], ["--vat-loss", "none"], ["--vat-queries", "text"]
@@ -122,15 +119,17 @@ REAL = {  # tuning -> variant -> flags, batches: up to the first that does not f
 
 
 def real(o: argparse.Namespace) -> Iterator[dict]:
-    row, rate = rates(o)
-    yield row
+    yield rates(o)
     for tune, ways in REAL.items():
         for name, (flags, batches) in ways.items():
-            yield from points(f"{tune}, {name}", flags, batches, tune, rate, o)
+            yield from points(o, tune, name, flags, batches)
 
 
-def points(name: str, flags: list[str] | str, batches, tune: str, rate: float, o, warm_up: int = 1):
+def points(
+    o: argparse.Namespace, tune: str, name: str, flags: list[str] | str, batches: tuple, warm_up: int = 1
+) -> Iterator[dict]:
     """One variant at growing batches, up to the first that does not fit."""
+    name = f"{tune}, {name}"
     release(o.device)
     try:
         variant = Variant(flags, o.shape, o.device, "bf16", tune)
@@ -145,15 +144,13 @@ def points(name: str, flags: list[str] | str, batches, tune: str, rate: float, o
             return
         parts = count(shape, "text" if flags == TEXT else "all", tune)
         parts = [part for part in parts if flags != NO_VAT or "VAT" not in part[0]]
-        flops = sum(part[1] for part in parts)
-        yield {"what": name, "mfu": flops / row["s_per_step"] / rate, "tflop": flops / 1e12, **row}
+        yield {"what": name, "tflop": sum(part[1] for part in parts) / 1e12, **row}
 
 
 def compiled(o: argparse.Namespace) -> Iterator[dict]:
-    row, rate = rates(o)
-    yield row
-    yield from points("lora, ours, eager", [], (32,), "lora", rate, o)
-    yield from points("lora, ours, compiled", ["--compile"], (32,), "lora", rate, o, warm_up=2)
+    yield rates(o)
+    yield from points(o, "lora", "ours, eager", [], (32,))
+    yield from points(o, "lora", "ours, compiled", ["--compile"], (32,), warm_up=2)
 
 
 def repeatable(o: argparse.Namespace) -> Iterator[dict]:
@@ -181,13 +178,12 @@ SMALL_STUDENT = replace(qwen(1024, 24, 16, 2816), tie_word_embeddings=True)  # Q
 
 def budget(o: argparse.Namespace) -> Iterator[dict]:
     """Steps of runs/*.sh: 1,536 tokens, gradient checkpointing, bf16, 24 GB less what CUDA itself takes."""
+    long = half = o.shape
     if o.device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(23.5e9 / total)
-    long = o.shape
-    if o.device == "cuda":
         long = replace(o.shape, text=1536 - o.shape.vision.num_patches, answers=500)
-    half = replace(long, student=SMALL_STUDENT) if o.device == "cuda" else long
+        half = replace(long, student=SMALL_STUDENT)
     for name, shape, tune, batches in (
         ("4B to 0.5B", half, "full", (4, 8)),
         ("4B to 1.8B", long, "lora", (4, 8)),
@@ -240,29 +236,23 @@ def kernels(o: argparse.Namespace) -> Iterator[dict]:
 # ---------------------------------------------------------------- scoring
 
 
-KINDS = ("captions", "yes/no")
-
-
 def scored(o: argparse.Namespace) -> Iterator[dict]:
     """SugarCrepe-shaped items a second, random weights of the student's size, bf16."""
     shape = replace(o.shape, teacher=o.shape.student)
     vlm = scoring.random_model(shape, o.device, torch.bfloat16)
     many, few, sizes = (256, 4, (32, 128)) if o.device == "cuda" else (4, 2, (4,))
+    ways = {"one answer at a time": (few, scoring.one_at_a_time)}
+    for size in sizes:
+        ways[f"choice, {size} at a time"] = many, partial(scoring.batched, scorer="choice", size=size)
     with tempfile.TemporaryDirectory() as folder:
         world = make_world(Path(folder) / "world", tune=1, pretrain=1, per_kind=max(10, many // 7))
-        for kind in KINDS:
+        for kind in ("captions", "yes/no"):
             asked = scoring.questions(world, kind, many)
-            for size in (1, *sizes):
-                items, name = (
-                    (many, f"choice, {size} at a time") if size > 1 else (few, "one answer at a time")
-                )
-                for some in (asked[:1], asked[:items]):  # the first is a warm-up
-                    started = time.perf_counter()
-                    if size == 1:
-                        scoring.one_at_a_time(vlm, some)
-                    else:
-                        scoring.batched(vlm, some, "choice", size)
-                    rate = len(some) / (time.perf_counter() - started)
+            for name, (items, way) in ways.items():
+                way(vlm, asked[:1])  # warm-up
+                started = time.perf_counter()
+                way(vlm, asked[:items])
+                rate = items / (time.perf_counter() - started)
                 yield {"what": f"{kind}: {name}", "items": items, "items_per_s": rate}
 
 
@@ -382,7 +372,7 @@ def measure_parts(o: argparse.Namespace) -> None:
             one_part(name, o)
         return
     before = len(read_rows(o.out)) if o.out.exists() else 0
-    add_row(o, {"part": "start", "card": card(o.device), "torch": torch.__version__, "commit": commit()})
+    add_row(o, {"part": "start", "card": machine(o.device), "torch": torch.__version__, "commit": commit()})
     together = [name for name in ("right", "ranks") if name in o.parts]  # no load for a GPU
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for names in [together, *([name] for name in o.parts if name not in together)]:

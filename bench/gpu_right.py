@@ -13,7 +13,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from itertools import product
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from bench.step import SHAPES, Variant
 from data import IMAGE_TOKEN
 from model import DTYPES
 from support.world import TINY, make_world
+from training.resume import digest_of
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -190,10 +190,11 @@ def trained(folder: Path) -> Iterator[dict]:
             what = f"50 steps beside the CPU's, {precision}"
             yield {"what": what, "off": off, "here": here, "cpu": on_cpu, "ok": ok}
         for precision, runs in bits.items():
-            digests = [sha256((run.result() / "model.safetensors").read_bytes()).hexdigest() for run in runs]
+            files = [run.result() / "model.safetensors" for run in runs]
+            digests = [digest_of(file) for file in files]
             names = {"stopped_is_whole": digests[0] == digests[1], "whole_is_whole": digests[1] == digests[2]}
-            weights = [load_file(run.result() / "model.safetensors") for run in runs]
-            off = max((weights[0][k] - v).abs().max().item() for k, v in weights[1].items())
+            stopped_weights, whole_weights = (load_file(file) for file in files[:2])
+            off = max((stopped_weights[k] - v).abs().max().item() for k, v in whole_weights.items())
             yield {"what": f"resumed, {precision}", **names, "max_abs": off, "ok": names["stopped_is_whole"]}
 
 

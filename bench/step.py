@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -222,6 +221,21 @@ def plain_losses(student: VLM, teacher: VLM, batch: dict, losses_of: str) -> dic
     return {"lm": lm, "kl": kl, "adl": adl / count}
 
 
+def their_losses(
+    student: VLM, teacher: VLM, precision: str, losses_of: str, batch: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a step of the straightforward way, and its terms."""
+    with compute_dtype(precision, batch["input_ids"].device):
+        losses = plain_losses(student, teacher, batch, losses_of)
+    return sum(losses.values()), {name: loss.detach() for name, loss in losses.items()}
+
+
+def our_losses(module: train.Step, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
+    """The same as train.py computes them on one device."""
+    loss, terms = module(batch, distill.loss_counts(batch, module.method, module.weights))
+    return loss, {name: term.sum.detach() / term.count for name, term in terms.items()}
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -256,11 +270,10 @@ class Variant:
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, weight_decay=0.0, fused=True)
         if straightforward:
-            self.losses = partial(plain_losses, student, teacher, losses_of=flags)
-            self.context = compute_dtype(precision, torch.device(device))
+            self.losses = partial(their_losses, student, teacher, precision, flags)
         else:
-            self.losses = train.Step(student, teacher, c.method, c.weights, c.plain, precision)
-            self.context = nullcontext()  # Step has its own
+            module = train.Step(student, teacher, c.method, c.weights, c.plain, precision)
+            self.losses = partial(our_losses, module)
             student.lm.checkpointing = c.gradient_checkpointing
             if c.compile:
                 compile_layers(student, teacher)
@@ -271,15 +284,8 @@ class Variant:
 
     def step(self) -> dict:
         """One optimizer step: forward, backward, clipping, AdamW -> seconds, losses, bytes."""
-        started, step = clock(self.device), self.losses
-        with self.context:
-            if isinstance(step, train.Step):  # as train.py does it on one device
-                loss, terms = step(self.batch, distill.loss_counts(self.batch, step.method, step.weights))
-                losses = {name: term.sum.detach() / term.count for name, term in terms.items()}
-            else:
-                losses = step(self.batch)
-                loss = sum(losses.values())
-                losses = {name: loss.detach() for name, loss in losses.items()}
+        started = clock(self.device)
+        loss, losses = self.losses(self.batch)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -365,10 +371,13 @@ def show(rows: list[list[str]]) -> None:
         print("  ".join([first.ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells, widths[1:]))]))
 
 
+def machine(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+
+
 def about(options: argparse.Namespace) -> str:
-    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.machine()
-    where = f"torch {torch.__version__}, {device}, {options.threads} threads, {options.precision}"
-    return f"shape {options.shape_name}: {where}; median of {options.rounds} steps"
+    where = f"torch {torch.__version__}, {machine(options.device)}, {options.threads} threads"
+    return f"shape {options.shape_name}: {where}, {options.precision}; median of {options.rounds} steps"
 
 
 def write(options: argparse.Namespace, **results) -> None:
@@ -557,8 +566,8 @@ def floor(options: argparse.Namespace) -> None:
     total, full, moved = [sum(column) for column in list(zip(*rows))[1:]]
     unit, scale = ("TFLOP", 1e12) if total > 1e13 else ("GFLOP", 1e9)
     flops = {part: seen / scale for part, seen, _, _ in rows}
-    number = trained(shape, options.tune)
-    print(f"{shape}; {number:,} parameters trained")
+    parameters = trained(shape, options.tune)
+    print(f"{shape}; {parameters:,} parameters trained")
     table = [[p, f"{seen / scale:.2f}", f"{seen / total:.1%}", f"{n / 1e9:.2f}"] for p, seen, _, n in rows]
     table.append(["total, the causal half of attention", f"{total / scale:.2f}", "", f"{moved / 1e9:.2f}"])
     table.append(["total, attention counted whole", f"{full / scale:.2f}", "", ""])
@@ -567,7 +576,7 @@ def floor(options: argparse.Namespace) -> None:
     show([["", unit, "share", "GB moved"], *table])
     vat = [sum(row[1] for row in count(shape, q) if row[0].startswith("VAT")) for q in ("all", "text")]
     print(f"VAT: all rows {vat[0] / total:.1%} of the total, text rows {vat[1] / total:.1%}")
-    print(f"AdamW, beside it: {28 * number / 1e9:.2f} GB moved (7 x 4 bytes a trained parameter)")
+    print(f"AdamW, beside it: {28 * parameters / 1e9:.2f} GB moved (7 x 4 bytes a trained parameter)")
     print(f"most FLOPs in one shape of matmul: {'x'.join(map(str, most_common(shape)))}")
     twice = sum(value for part, value in flops.items() if part.startswith(("SigLIP", "P_t")))
     heads = sum(value for part, value in flops.items() if "head" in part) * (T / shape.answers - 1)

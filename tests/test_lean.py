@@ -345,7 +345,11 @@ def test_states_between_layers_have_the_dtype_of_products(pair, batch, precision
     student, seen = pair[0], set()
     inside = [*student.lm.model.layers, student.lm.model.norm]
     hooks = [
-        layer.register_forward_hook(lambda _, inputs, out: seen.add((inputs[0].dtype, *out_dtypes(out))))
+        layer.register_forward_hook(
+            lambda _, inputs, out: seen.add(
+                (inputs[0].dtype, (out[0] if isinstance(out, tuple) else out).dtype)
+            )
+        )
         for layer in inside
     ]
     step(pair, batch, PAPER, precision=precision)
@@ -353,10 +357,6 @@ def test_states_between_layers_have_the_dtype_of_products(pair, batch, precision
         hook.remove()
     dtype = model.DTYPES[precision]
     assert seen == {(dtype, dtype)} and student.lm.model.norm.weight.dtype == torch.float32
-
-
-def out_dtypes(out):
-    return [out[0].dtype] if isinstance(out, tuple) else [out.dtype]
 
 
 @pytest.mark.parametrize("name", ["sft", "kd", "compodistill"])
