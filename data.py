@@ -227,6 +227,8 @@ class LlavaDataset(torch.utils.data.Dataset):
     nothing can be learned; with only_pictures (an adapter alone is trained) records without a picture are
     left out. "replaced" of a sample lists what was passed over, in sentences; "cut" and "mended" say whether
     it was longer than max_length, and whether as_llava_reads changed it.
+
+    room: bytes that samples may take which are kept as they were made, for the next epoch (default: none is).
     """
 
     def __init__(
@@ -250,6 +252,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.tokenizer, self.template = tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
         self.max_length, self.skip_bad = max_length, skip_bad
+        self.room, self.kept = 0, {}
         if missing := [folder for folder in self.images if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
@@ -280,7 +283,20 @@ class LlavaDataset(torch.utils.data.Dataset):
         return tokens[self.places]
 
     def __getitem__(self, index: int) -> dict:
-        index, replaced = range(len(self))[index], []
+        index = range(len(self))[index]
+        if index in self.kept:
+            return self.kept[index]
+        sample = self.prepare(index)
+        pixels = sample.get("pixel_values")
+        size = 72 * len(sample["input_ids"]) + (0 if pixels is None else pixels.nbytes)  # 72: of two numbers
+        if size <= self.room:
+            self.room -= size
+            self.kept[index] = sample
+        return sample
+
+    def prepare(self, index: int) -> dict:
+        """The sample of a record, or of the next good one."""
+        replaced = []
         for place in range(index, index + min(len(self), MOST_REPLACED)):
             place = int(self.places[place % len(self)])
             record = self.records[place]  # a file that changed is no bad record: it stops the run

@@ -46,6 +46,7 @@ from training.log import Log, StepSize
 from training.models import load_models, save_model
 from training.recipes import Config
 from training.signals import Stopped, signals_ask_to_stop
+from training.validation import open_validation, validate
 
 # ---------------------------------------------------------------- one step of teacher and student
 
@@ -120,7 +121,14 @@ class Step(nn.Module):
 
 
 def train(c: Config) -> Path:
-    """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN.
+    """Train one stage, on one device or under torchrun, and save the model -> its folder, out/name/stageN."""
+    for _ in train_steps(c):
+        pass
+    return c.folder
+
+
+def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
+    """Train one stage and save the model; after each step (steps done, student), for who wants to look.
 
     One that was stopped goes on from its last save, to the same bits; one that has finished stays as it is.
     """
@@ -135,12 +143,13 @@ def train(c: Config) -> Path:
     student, teacher = load_models(c, device)
     step_module = Step(student, teacher, c.method, c.weights, c.plain, c.precision)
     dataset = open_data(c, student, teacher)
+    held_out = open_validation(c, dataset)
     steps = c.steps or math.ceil(c.epochs * len(dataset) / c.global_batch)
     identity = recipes.identity(c, steps, dataset.records)
     agree(identity | recipes.command(c))
     if resume.open_run(run, c.folder, identity):
         print0(f"stage {c.stage}: finished already, {c.folder} (for changed code take another --name)")
-        return c.folder
+        return
     resume.check_space(run, student, c.keep)
     num_trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
 
@@ -206,16 +215,18 @@ def train(c: Config) -> Path:
 
             # log and save
             state = log.count(step + 1, state, size)
-            if (step + 1) % c.log_every == 0 or step in (0, steps - 1):
+            validated = held_out is not None and ((step + 1) % c.val_every == 0 or step == steps - 1)
+            if (step + 1) % c.log_every == 0 or step in (0, steps - 1) or validated:
                 losses = all_reduce(torch.tensor(rank_losses, dtype=torch.float64, device=device)).tolist()
-                log.row(dict(zip(sums, losses)), lr, norm, state)
+                more = validate(module, student, held_out, c, device) if validated else {}
+                log.row(dict(zip(sums, losses)) | more, lr, norm, state)
             if (step + 1) % c.save_every == 0 and step + 1 < steps:
                 resume.save(run, student, optimizer, state, c.keep)
+            yield step + 1, student
         save_model(student, c)
         resume.remove_saves(run)
         if any_rank(bool(stop_requests), device):  # of several stages the next one is not begun
             raise Stopped(f"stage {c.stage} is finished, {c.folder}; stopped after it")
-    return c.folder
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -324,6 +335,9 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
     return dataset
 
 
+KEPT = 1 << 28  # bytes of prepared samples that a rank keeps
+
+
 def open_batches(
     c: Config, dataset: data.LlavaDataset, steps: int, start: int, device: str
 ) -> Iterator[dict]:
@@ -331,6 +345,8 @@ def open_batches(
     rank, ranks = rank_and_ranks()
     lengths = dataset.lengths if c.group_by_length else None
     samples, size = len(dataset), c.batch_size
+    if steps * c.global_batch > samples:  # a sample is asked for again: those that fit are kept
+        dataset.room = KEPT // max(1, c.workers)
     order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, start, lengths)
     return batches_made(dataset.batch, order, c.workers, pin=device != "cpu")
 

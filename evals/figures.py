@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evals.pictures import MADE
+
 NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotlib, then another --out'
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; each model has a marker of its own besides.
@@ -42,7 +44,7 @@ def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, ro
         axes.grid(alpha=0.3)
     columns = 3 if sum(map(len, handles)) > 80 else 6
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=130, metadata=dict([MADE.decode().split("\0")]))
     return True
 
 
@@ -117,6 +119,28 @@ def intervention_panels(figure, rows: list[dict]) -> None:
         axes.set_xticks(range(len(families)), families)
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("% of caption pairs right")
+
+
+def training_panels(figure, rows: list[dict]) -> None:
+    """Scores and losses against the steps of stage 2 (`python -m tiny`), a line for each student."""
+    titles = {
+        "recognition": "recognition, % right",
+        "compositional": "compositional, % right",
+        "lm": "L_LM",
+        "adl": "L_ADL",
+    }
+    names = list(dict.fromkeys(row["student"] for row in rows))
+    for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).flat, titles.items()):
+        if column == "compositional":
+            axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
+        for name in names:
+            own = [row for row in rows if row["student"] == name and row[column] != ""]
+            x, y = ([float(row[key]) for row in own] for key in ("step", column))
+            colour, marker = styles(names)[name]
+            axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1.4, label=name if own else None)
+        axes.set_title(title, fontsize=10)
+        if column in ("lm", "adl"):
+            axes.set_xlabel("step of stage 2")
 
 
 FIGURES = {  # name -> panels, inches, title

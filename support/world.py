@@ -162,8 +162,8 @@ def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> 
     conversations = []
     while len(conversations) < 2 * turns:
         kind = rng.choices(list(MIX), MIX.values())[0]
-        if kind == "caption":
-            pair = caption_pair(rng.choice(COMPOSITION), scene, rng)
+        if kind in COMPOSITION:
+            pair = caption_pair(kind, scene, rng)
             wrong = rng.random() < 0.5
             turn = pair and (caption_question(pair[wrong]), "no" if wrong else "yes")
         else:
@@ -174,9 +174,12 @@ def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> 
     return {"id": name, "image": f"{name}.png", "conversations": conversations}
 
 
-# How often each question is asked in training. Much of "where" and relations lets space be learned soon.
-MIX = {"where": 4, "at": 1, "colour": 1, "shape": 1, "exists": 1, "column": 3, "row": 3, "caption": 6}
+# How often each question is asked in training, of 28. Much of "where", "column" and "row" lets space be learned
+# soon; captions about relations, the hardest, come three times as often as others.
+MIX = {"where": 5, "at": 1, "colour": 1, "shape": 1, "exists": 1, "column": 4, "row": 4}
+MIX |= dict.fromkeys(COMPOSITION, 1) | {"swap_obj": 3, "replace_rel": 3}
 DESCRIBE = "Describe the picture."
+VALIDATION = 100  # records in val.json
 
 
 def describe(scene: Scene) -> str:
@@ -189,8 +192,8 @@ def make_world(
 ) -> Path:
     """Write the tiny world, unless it is there -> its folder.
 
-    pretrain.json (captions) and tune.json (conversations) in LLaVA's form, test/recognition.json,
-    test/<kind>.json in SugarCrepe's form, and images/*.png.
+    pretrain.json (captions), tune.json (conversations) and val.json (of test scenes) in LLaVA's form,
+    test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png.
     """
     if (folder / "world.json").exists():
         return folder
@@ -224,10 +227,14 @@ def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: in
         turns = [{"from": "human", "value": f"{IMAGE_MARK}\n{DESCRIBE}"}, {"from": "gpt", "value": caption}]
         captions.append({"id": f"pretrain-{i}", "image": f"pretrain-{i}.png", "conversations": turns})
     write("pretrain.json", captions)
-    write(
-        "tune.json",
-        [training_record(f"tune-{i}", picture(f"tune-{i}", "train"), rng, turns=6) for i in range(tune)],
-    )
+
+    def conversations(name: str, split: str, number: int) -> None:
+        records = (
+            training_record(f"{name}-{i}", picture(f"{name}-{i}", split), rng, turns=6) for i in range(number)
+        )
+        write(f"{name}.json", list(records))
+
+    conversations("tune", "train", tune)
 
     recognition = {kind: [] for kind in RECOGNITION}
     composition: dict[str, dict] = {kind: {} for kind in COMPOSITION}
@@ -249,6 +256,7 @@ def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: in
     write("test/recognition.json", [item for items in recognition.values() for item in items])
     for kind, items in composition.items():
         write(f"test/{kind}.json", items)
+    conversations("val", "test", VALIDATION)
     write("world.json", {"seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind})
 
 

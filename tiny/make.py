@@ -98,8 +98,12 @@ def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
     write_folder(folder, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
 
 
+SCENES = 40_000  # that the teacher learns from; its students are shown make_world's 8,000
+
+
 def make_teacher(out: Path, made: dict) -> None:
-    """Stages 0a and 0b, as train.py runs them."""
+    """Stages 0a and 0b, as train.py runs them, on a world of its own."""
+    world.make_world(out / "world", made["seed"] + 1, tune=SCENES)
     flags = ["--stage", "0", "--out", out, "--name", "stages", "--seed", made["seed"]]
     flags += ["--student", out / "teacher-lm", "--vision", out / "vision"]
     flags += ["--steps", made["steps"]] if made["steps"] else []

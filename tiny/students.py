@@ -1,6 +1,8 @@
 """The main job, `python -m tiny`: four students of the tiny world, trained beside one another and scored."""
 
 import argparse
+import csv
+import io
 import json
 import os
 import sys
@@ -13,6 +15,7 @@ from tqdm import tqdm
 
 import model
 import train
+from evals import figures
 from evals.pictures import MADE, attention_picture
 from support.errors import BadInput, one_line, told
 from support.files import check_output, check_writable, field, read_json, write_atomically
@@ -24,6 +27,7 @@ from training.signals import Stopped
 
 # Same stages, steps, batches and data order, and the same text-only language model; only --method differs.
 STUDENTS = ("sft", "kd", "compodistill", "compodistill-rows")
+POINTS, ITEMS = 10, 40  # of the curves: how often a student is scored in stage 2, on how many items of a kind
 
 
 def train_students(args: argparse.Namespace) -> None:
@@ -43,10 +47,13 @@ def train_students(args: argparse.Namespace) -> None:
             )
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
+        if not (args.out / "curves.png").exists():
+            draw_curves(args.out)
         return
     check_writable(args.out)
     check_output(args.out / "results.md", b"| ")
-    check_output(args.out / "attention.png", MADE)
+    for name in ("attention.png", "curves.png"):
+        check_output(args.out / name, MADE)
     started = time.time()
     print(f"tiny world: {make_world(args.out / 'world')}")
     run_students(args, steps)
@@ -57,10 +64,12 @@ def train_students(args: argparse.Namespace) -> None:
     text = table(rows)
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
     attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
+    write_curves(args.out)
     write_atomically(args.out / "results.md", text + "\n")
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1))
     minutes = (time.time() - started) / 60
-    print(f"\n{text}\n\n{args.out}/results.md, results.json, attention.png; {minutes:.1f} minutes")
+    files = "results.md, results.json, attention.png, curves.csv" + ", curves.png" * draw_curves(args.out)
+    print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
 
 
 def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
@@ -104,15 +113,19 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
 
 
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
-    """One student: stages 1, 2 and 3, then its scores."""
+    """One student: stages 1, 2 and 3, scored on a few items while it learns, and on all at the end."""
     torch.set_num_threads(threads)
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     args = recipes.parse_args("", argv)
-    args.quiet = True
+    args.quiet, args.val_every = True, max(1, steps["2"] // POINTS)
     try:
         for stage, args.steps in steps.items():
-            folder = train.train(recipes.configure(stage, args, ranks=1))
-        student, teacher = model.load(folder), model.load(args.teacher)
+            args.val_data = args.out / "world/val.json" if stage == "2" else None
+            c = recipes.configure(stage, args, ranks=1)
+            for step, student in train.train_steps(c):
+                if stage == "2" and (step % args.val_every == 0 or step == args.steps):
+                    add_point(args.out, args.name, step, student)
+        student, teacher = model.load(c.folder), model.load(args.teacher)
         scores = tiny_scores(student, args.out / "world")
         scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
         write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
@@ -122,6 +135,46 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         if (said := told(error)) is None:
             raise
         sys.exit(f"{args.name}: {said}")
+
+
+# ---------------------------------------------------------------- curves
+
+
+def add_point(out: Path, name: str, step: int, student: model.VLM) -> None:
+    """Scores in the middle of training, on a few items; of a step that is done again they are the same."""
+    student.eval()
+    scores = tiny_scores(student, out / "world", ITEMS)
+    student.train()
+    file = out / name / "curve.json"
+    points = read_json(file, remedy="; choose another --out") if file.exists() else {}
+    write_atomically(file, json.dumps(points | {str(step): scores}, indent=1))
+
+
+def write_curves(out: Path) -> None:
+    """curves.csv: per student and step its scores on a few items, and its losses on the held-out records."""
+    rows = []
+    for name in STUDENTS:
+        losses = [json.loads(line) for line in (out / name / "stage2.jsonl").read_text().splitlines()]
+        losses = {row["step"]: row for row in losses if "val_lm" in row}
+        for step, scores in read_json(out / name / "curve.json", remedy="; choose another --out").items():
+            terms = {term: losses[int(step)].get(f"val_{term}", "") for term in ("lm", "kl", "adl")}
+            rows.append({"student": name, "step": int(step), **scores, **terms})
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(out / "curves.csv", text.getvalue())
+
+
+def draw_curves(out: Path) -> bool:
+    """curves.png from curves.csv; False, and a sentence, where there is no matplotlib."""
+    with open(out / "curves.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    title = "Stage 2: scores on a few test items, losses on held-out records"
+    if drawn := figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
+        return drawn
+    print('curves.png needs matplotlib (the extra "plots"): pip install matplotlib, and the same command again')
+    return False
 
 
 def end_with(parent: int) -> None:

@@ -25,9 +25,9 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     "tiny": {
         "all": dict(batch_size=32, max_length=2048, tune="full", precision="fp32", workers=0),
         "0a": dict(steps=300, lr=2e-3),
-        "0b": dict(steps=4000, lr=2e-3),
+        "0b": dict(steps=8000, lr=1e-3, batch_size=16),
         "1": dict(steps=100, lr=2e-3),
-        "2": dict(steps=1500, lr=2e-3),
+        "2": dict(steps=7000, lr=1.5e-3, batch_size=4, vat_weight=10.0),
         "3": dict(steps=100, lr=5e-4),
     },
     "paper": {
@@ -78,6 +78,10 @@ class Config:
     skip_bad_samples: bool
     max_bad_share: float
     workers: int
+    # held-out records
+    val_data: Path | None
+    val_images: Path | None
+    val_every: int  # steps
     # machine
     precision: str  # fp32 or bf16
     parallel: str  # ddp or fsdp
@@ -192,6 +196,7 @@ NO_IDENTITY = {
     *("stage", "method", "out", "name", "log_every", "save_every", "keep", "stop_after", "quiet"),
     *("student", "teacher", "vision", "data", "images", "epochs", "batch_size", "accumulation"),
     *("workers", "parallel", "gradient_checkpointing", "compile", "skip_bad_samples", "max_bad_share"),
+    *("val_data", "val_images", "val_every"),
 }
 
 
@@ -213,6 +218,7 @@ def identity(c: Config, steps: int, records: Records) -> dict:
 def command(c: Config) -> dict:
     """What must be the same on all ranks besides: what they do together, and when."""
     own = {"student", "teacher", "vision", "data", "images", "out", "method", "workers", "quiet"}
+    own |= {"val_data", "val_images"}
     return {field.name: getattr(c, field.name) for field in fields(c) if field.name not in own}
 
 
@@ -281,6 +287,10 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--max-bad-share", type=fraction, default=0.01,
         help="of samples so far, or of 1000, above which it stops all the same (default: %(default)s)")
     add("--workers", type=number(int, 0, 1000), help="processes that prepare batches (default: the recipe's)")
+    add("--val-data", type=Path, metavar="FILE", help="held-out records of the same form, on which the losses "
+        "are logged, too: val_lm and so on")
+    add("--val-images", type=Path, metavar="DIR", help="the folder of their pictures (default: --images)")
+    add("--val-every", type=whole, default=500, metavar="N", help="steps between that (default: %(default)s)")
 
     add = parser.add_argument_group("optimisation (default: the recipe's)").add_argument
     add("--epochs", type=whole, help="passes over the data; the last step is filled up from the next one")
@@ -344,8 +354,9 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     if needless and ("adl" not in second or args.vat_loss == "none"):
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in needless)
         parser.error(f"{flags}: nothing is aligned without an attention loss; give --vat-loss, too")
-    if args.vat_weight is not None:
-        second["adl"] = args.vat_weight
+    weight = RECIPES[args.recipe]["2"].get("vat_weight") if args.vat_weight is None else args.vat_weight
+    if "adl" in second and weight is not None:
+        second["adl"] = weight
     if args.vat_loss == "none":
         second.pop("adl", None)
     weights = {**method.weights, "1": first, "2": second}

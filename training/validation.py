@@ -1,0 +1,61 @@
+"""Validation: the losses of a stage on held-out records (--val-data), while it trains."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import data
+import distill
+from model import VLM
+from support.errors import BadInput
+from support.ranks import all_reduce, rank_and_ranks
+from training.recipes import Config
+
+
+def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDataset | None:
+    """The held-out records, read as those that are trained on; None where there are none."""
+    if c.val_data is None:
+        return None
+    images = trained_on.images
+    if c.val_images is None and len(set(images)) > 1:
+        raise BadInput(f"--images has {len(set(images))} folders: say with --val-images which is {c.val_data}'s")
+    return data.LlavaDataset(
+        c.val_data,
+        c.val_images or images[0],
+        trained_on.tokenizer,
+        trained_on.num_image_tokens,
+        trained_on.image_size,
+        trained_on.template,
+        trained_on.max_length,
+        trained_on.skip_bad,
+        only_pictures=c.stage in ("0a", "1"),
+    )
+
+
+@torch.no_grad()
+def validate(
+    step: nn.Module, student: VLM, held_out: data.LlavaDataset, c: Config, device: str
+) -> dict[str, float]:
+    """The terms of the loss over all held-out records and all ranks -> {"val_lm": ...}.
+
+    step: train.Step, wrapped or not. No dropout, no random number. Every rank runs as many batches: FSDP
+    waits for all ranks. Where its share is used up, a rank runs a sample that counts nothing.
+    """
+    rank, ranks = rank_and_ranks()
+    numbers: dict[str, Tensor] = {}  # name -> sum and count
+    student.eval()
+    for i in range(math.ceil(len(held_out) / (ranks * c.batch_size))):
+        first = (i * ranks + rank) * c.batch_size
+        share = list(range(first, min(first + c.batch_size, len(held_out))))
+        batch = data.to_device(held_out.batch(share or [0]), device)
+        if not share:
+            batch["labels"].fill_(data.IGNORE)
+            batch["has_image"].fill_(False)
+        _, terms = step(batch, distill.loss_counts(batch, c.method, c.weights))
+        for name, term in terms.items():
+            both = torch.stack([torch.as_tensor(x, device=device).double() for x in (term.sum, term.count)])
+            numbers[name] = numbers.get(name, 0) + both
+    student.train()
+    sums = all_reduce(torch.stack(list(numbers.values()))).tolist()  # [[sum, count], ...]
+    return {f"val_{name}": total / max(count, 1) for name, (total, count) in zip(numbers, sums)}
