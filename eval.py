@@ -19,7 +19,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
 
 from evals import analyses, answers, chat
-from evals.pictures import MADE, attention_picture
+from evals.pictures import MADE, Case, attention_picture
 from evals.scorers import load
 from support.errors import BadInput, one_line
 from support.files import check_output
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise BadInput(f"{args.save}: give the name of a .png")
             check_output(args.save, MADE, [args.image])
             models = {name: load(name) for name in args.model}
-            attention_picture(models, [(args.image, args.question)], args.save)
+            attention_picture(models, [Case(args.image, args.question)], args.save)
             print(one_line(args.save))
         elif args.command == "analyse":
             analyses.run(args)

@@ -48,7 +48,7 @@ from qwen import probabilities
 from support.errors import BadInput, one_line
 from support.files import whole_folder
 from support.program import number
-from support.world import TINY, caption_question, make_world, tiny_cases, tiny_items
+from support.world import TINY, caption_question, make_world, tiny_captions, tiny_items
 
 PLAIN, ALIGNED = ("sft", "kd"), ("compodistill", "compodistill-rows")  # what `python -m tiny` trains
 WAYS = {  # of the intervention: whose head-mean maps stand in for visual attention, and their share
@@ -493,6 +493,14 @@ def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
 FAMILIES = ("Swap", "Replace", "Add")
 
 
+def tiny_cases(models: dict[str, model.VLM], world: Path) -> list[pictures.Case]:
+    """The captions of the tiny world that are drawn: of three kinds, see pictures.contested."""
+    captions = tiny_captions(world).items()
+    return pictures.contested(
+        models, {kind: [pictures.Case(*item) for item in own] for kind, own in captions}
+    )
+
+
 def picture_rows(drawn: list[tuple[Path, str, str, np.ndarray]]) -> list[dict]:
     """Analysis 5: attention on each patch, of all that pictures.attention_picture has drawn."""
     rows = []
@@ -544,7 +552,7 @@ class Study(NamedTuple):
 def analyse(
     models: dict[str, model.VLM],
     questions: dict[str, list[Question]],
-    cases: list[tuple[Path, str]],
+    cases: list[pictures.Case],
     which: list[str],
     folder: Path,
     size: int = 128,
@@ -669,16 +677,16 @@ def run(args: argparse.Namespace) -> None:
     students, missing = find_students(args)
     args.out = args.out or Path("out") / "-".join(args.which)
     with output_folder(args.out) as folder:
-        questions, cases = {}, [(args.image, args.question)]
+        questions, cases = {}, [pictures.Case(args.image, args.question)] if args.image else []
         if args.sugarcrepe or args.gqa:
             questions = benchmark_questions(args.sugarcrepe, args.gqa, args.limit)
             some = [question for asked in questions.values() for question in asked[:2]]
-            cases = cases if args.image else [(question.picture, question.text) for question in some]
+            cases = cases or [pictures.Case(question.picture, question.text) for question in some]
         elif set(args.which) != {"picture"} or args.image is None:
             world = make_world(args.world or args.runs / "world")
             questions = world_questions(world, args.limit)
-            cases = cases if args.image else tiny_cases(world)
         method = replace(PAPER, layers=args.layers)
         models = load_models(args.teacher, students, method)
+        cases = cases or tiny_cases(models, world)
         analyse(models, questions, cases, args.which, folder, args.batch_size, method)
     print(f"{missing}\n{one_line(args.out)}".strip())

@@ -1,13 +1,18 @@
 """Pictures of where models look: the picture, bright where the attention is.
 
-Shapes: R text rows, P visual tokens.
+Two views: the mean over words, heads and understanding layers, which is what VAT aligns, and the one head
+that shows the question best (`question_head`).
+
+Shapes: B questions, L layers, H heads, T tokens, R text rows, P visual tokens.
 """
 
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +24,75 @@ import data
 import distill
 import lean
 import model
-from evals.scorers import batches, prompt
+from evals.scorers import Ask, batches, of_all, prompt, write
+from qwen import explicit_attention
 from support.errors import BadInput, one_line
+
+
+class Case(NamedTuple):
+    """What is drawn in a row: a question about a picture, and its right answer, where that is known."""
+
+    picture: Path
+    question: str
+    answer: str | None = None
+
+
+def contested(models: dict[str, model.VLM], captions: dict[str, list[Case]]) -> list[Case]:
+    """Of each kind the first caption that "teacher" judges rightly and "kd" wrongly, or else the first.
+
+    Each of another picture, where there is one.
+    """
+    chosen = []
+    for cases in captions.values():
+        shown = [case.picture for case in chosen]
+        cases = [case for case in cases if case.picture not in shown] or cases
+        asks = [Ask(case.picture, case.question) for case in cases]
+        right = {
+            name: [reply == case.answer for reply, case in zip(replies(models[name], asks), cases)]
+            for name in ("teacher", "kd")
+            if name in models
+        }
+        apart = [case for case, *ours in zip(cases, *right.values()) if ours == [True, False]]
+        chosen.append((apart or cases)[0])
+    return chosen
+
+
+def replies(vlm: model.VLM, asks: list[Ask], words: int = 4) -> list[str]:
+    """Greedy answers, of at most so many tokens."""
+    return of_all(vlm, asks, partial(write, max_new_tokens=words))
+
+
+class Head(NamedTuple):
+    """One head of one layer, both from 0; in % how often its brightest patch is the asked object."""
+
+    layer: int
+    head: int
+    hits: float
+
+
+@torch.no_grad()
+def answer_maps(vlm: model.VLM, picture_questions: list[tuple[Path | Image.Image, str]]) -> Tensor:
+    """What the answering position sees of the picture, in every head of every layer -> (L,H,B,P)."""
+    layers, parts = range(vlm.config.text.num_hidden_layers), []
+    samples = (prompt(vlm, picture, question) for picture, question in picture_questions)
+    for batch in batches(samples, vlm.device):
+        inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
+        attentions = vlm(**inputs, attention=dict.fromkeys(layers, explicit_attention)).attentions
+        last = batch["attention_mask"].sum(1) - 1  # (B,), the answering position
+        B = torch.arange(len(last), device=last.device)
+        rows = torch.stack([A.transpose(0, 1)[:, B, last] for A in attentions.values()])  # (L,H,B,T)
+        columns = batch["visual_columns"].expand(*rows.shape[:2], -1, -1)  # (L,H,B,P)
+        parts.append(rows.gather(3, columns))
+    return torch.cat(parts, 2)
+
+
+def question_head(vlm: model.VLM, asked: list[tuple[Path, str, int]]) -> Head:
+    """The head whose brightest patch is most often the asked object's: (picture, question, that patch)."""
+    maps = answer_maps(vlm, [(picture, question) for picture, question, _ in asked])
+    patches = torch.tensor([patch for *_, patch in asked], device=maps.device)
+    hits = 100 * (maps.argmax(3) == patches).float().mean(2)  # (L,H)
+    best = int(hits.argmax())
+    return Head(*divmod(best, hits.shape[1]), hits.max().item())
 
 
 @torch.no_grad()
@@ -50,7 +122,7 @@ def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:
     return attention.view(side, side).numpy()
 
 
-SIDE, GAP, HEAD = 240, 14, 44  # pixels: a picture's side, the space between two, the text above
+SIDE, GAP, LINE, LETTERS = 240, 14, 24, 20  # pixels: a picture's side, space between, a line, its letters
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
@@ -59,30 +131,59 @@ def enlarge(picture: Image.Image) -> Image.Image:
     return picture.resize((SIDE, SIDE), resample)
 
 
-def heat(picture: Image.Image, attention: np.ndarray) -> Image.Image:
-    """The picture, bright where the attention (side, side) is high and dark where it is low."""
-    weight = enlarge(Image.fromarray((255 * attention / attention.max()).astype(np.uint8)))
+def heat(picture: Image.Image, attention: np.ndarray, brightest: float) -> Image.Image:
+    """The picture, as bright as the attention (side, side) is high; `brightest` leaves it as it is."""
+    weight = enlarge(Image.fromarray((255 * attention / brightest).astype(np.uint8)))
     bright = enlarge(picture)
     dark = Image.blend(bright, Image.new("RGB", bright.size, (25, 25, 45)), 0.75)
     return Image.composite(bright, dark, weight)
 
 
-def attention_picture(
-    models: dict[str, model.VLM], cases: list[tuple[Path, str]], file: Path, which: str = "intermediate"
-) -> list[tuple[Path, str, str, np.ndarray]]:
-    """Draw a row per (picture, question): the picture, then where each model looks, above it its answer.
+class Panel(NamedTuple):
+    """A picture (SIDE x SIDE) between two texts."""
 
+    above: str
+    image: Image.Image
+    below: str = ""
+    right: bool | None = None  # marks the text below; None: no mark
+
+
+def attention_picture(
+    models: dict[str, model.VLM],
+    cases: list[Case],
+    file: Path,
+    which: str = "intermediate",
+    heads: dict[str, Head] | None = None,
+) -> list[tuple[Path, str, str, np.ndarray]]:
+    """Draw a row per case: the picture, then where each model looks, below it its answer, right or wrong.
+
+    heads: of each model the one whose answering position is shown (default: question_attention's mean). What
+    is drawn is each patch's share of the attention on the picture, on one scale for all panels of a row: the
+    brightest patch of the row is as bright as the picture.
     Returns (picture, question, model, attention (side, side)) of all that was drawn.
     """
     rows, drawn = [], []
-    for path, question in cases:
+    for path, question, answer in cases:
         picture = data.open_picture(path)
-        rows.append([(fit(question, 2), enlarge(picture))])
+        truth = "" if answer is None else f"right: {answer}"
+        rows.append([Panel(fit(question, 3), enlarge(picture), truth)])
+        seen = {}
         for name, vlm in models.items():
-            answer = vlm.answer(picture, question, max_new_tokens=16)
-            attention = question_attention(vlm, picture, question, which, name == "teacher")
-            rows[-1].append((f"{fit(name)}\n{fit(answer)}", heat(picture, attention)))
-            drawn.append((path, question, name, attention))
+            if heads:
+                at = heads[name]
+                seen[name] = on_patches(vlm, answer_maps(vlm, [(picture, question)])[at.layer, at.head, 0])
+            else:
+                seen[name] = question_attention(vlm, picture, question, which, name == "teacher")
+        shares = {name: grid / max(grid.sum(), 1e-12) for name, grid in seen.items()}
+        for name, vlm in models.items():
+            said = vlm.answer(picture, question, max_new_tokens=16)
+            where = f"\nlayer {heads[name].layer}, head {heads[name].head}" if heads else ""
+            right = None if answer is None else said == answer
+            below = said if right is None else f"{said}: {'right' if right else 'wrong'}"
+            above = f"{fit(name)}{where}\n{100 * seen[name].sum():.0f} % on the picture"
+            image = heat(picture, shares[name], max(map(np.max, shares.values())))
+            rows[-1].append(Panel(above, image, fit(below, 2), right))
+            drawn.append((path, question, name, seen[name]))
     sheet(rows, file)
     return drawn
 
@@ -92,7 +193,7 @@ MADE = b"Software\0nanocompodistill"  # a text in every PNG that we write: these
 
 def fit(text: str, lines: int = 1) -> str:
     """A text over a picture, cut to so many lines."""
-    return "\n".join(textwrap.wrap(text, 38, max_lines=lines, placeholder=" ..."))
+    return "\n".join(textwrap.wrap(text, 24, max_lines=lines, placeholder=" ..."))
 
 
 FONTS = "/usr/share/fonts", "/usr/local/share/fonts", "~/.fonts", "~/.local/share/fonts", "/Library/Fonts"
@@ -106,7 +207,7 @@ def draws(font: ImageFont.FreeTypeFont, letter: str) -> bool:
 
 def font_for(letters: str) -> tuple[ImageFont.FreeTypeFont, str]:
     """A font, and those of the letters that it lacks: Pillow's own, or the system's that lacks the fewest."""
-    best, lacking = ImageFont.load_default(13), "".join(sorted({*letters}))
+    best, lacking = ImageFont.load_default(LETTERS), "".join(sorted({*letters}))
     for font in [best, *system_fonts()]:
         lacks = "".join(letter for letter in sorted({*letters}) if not draws(font, letter))
         if len(lacks) < len(lacking):
@@ -126,7 +227,7 @@ def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
             files, key=lambda file: bool(re.search("Bold|Italic|Oblique|Mono|Light", file.name))
         ):
             try:
-                yield ImageFont.truetype(str(file), 13)
+                yield ImageFont.truetype(str(file), LETTERS)
             except OSError:
                 pass  # of a kind that Pillow does not read
 
@@ -138,19 +239,41 @@ def within(line: str, font: ImageFont.FreeTypeFont) -> str:
     return line
 
 
-def sheet(rows: list[list[tuple[str, Image.Image]]], file: Path) -> None:
-    """Rows of pictures (SIDE x SIDE), each under its text of at most two lines, as a PNG."""
-    width, height = (SIDE + GAP) * max(map(len, rows)) + GAP, (HEAD + SIDE + GAP) * len(rows) + GAP
-    page = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(page)
-    font, lacking = font_for("".join(text for columns in rows for text, _ in columns))
-    for row, columns in enumerate(rows):
-        for column, (text, image) in enumerate(columns):
-            x, y = GAP + column * (SIDE + GAP), GAP + row * (HEAD + SIDE + GAP)
-            text = "".join(f"U+{ord(letter):X} " if letter in lacking else letter for letter in text)
-            text = "\n".join(within(line, font) for line in text.split("\n"))
-            pen.multiline_text((x, y), text, fill="black", font=font)
-            page.paste(image, (x, y + HEAD))
+def mark(pen: ImageDraw.ImageDraw, x: int, y: int, right: bool) -> None:
+    """A tick or a cross, 16 pixels high: told apart without their colours."""
+    if right:
+        pen.line([(x, y + 9), (x + 6, y + 15), (x + 16, y + 2)], fill="#007A5E", width=4)
+    else:
+        pen.line([(x + 1, y + 2), (x + 15, y + 15)], fill="#B34700", width=4)
+        pen.line([(x + 1, y + 15), (x + 15, y + 2)], fill="#B34700", width=4)
+
+
+def sheet(rows: list[list[Panel]], file: Path) -> None:
+    """Rows of panels, as a PNG."""
+    font, lacking = font_for("".join(panel.above + panel.below for row in rows for panel in row))
+
+    def written(text: str) -> str:
+        text = "".join(f"U+{ord(letter):X} " if letter in lacking else letter for letter in text)
+        return "\n".join(within(line, font) for line in text.split("\n"))
+
+    def height(texts: Iterable[str]) -> int:
+        return LINE * max(text.count("\n") + bool(text) for text in texts)
+
+    heads = [height(panel.above for panel in row) for row in rows]
+    feet = [height(panel.below for panel in row) for row in rows]
+    width = (SIDE + GAP) * max(map(len, rows)) + GAP
+    page = Image.new("RGB", (width, sum(heads) + sum(feet) + (SIDE + 2 * GAP) * len(rows)), "white")
+    pen, top = ImageDraw.Draw(page), GAP
+    for row, head, foot in zip(rows, heads, feet):
+        for column, panel in enumerate(row):
+            x, y = GAP + column * (SIDE + GAP), top + head + SIDE
+            pen.multiline_text((x, top), written(panel.above), fill="black", font=font)
+            page.paste(panel.image, (x, top + head))
+            if panel.right is not None:
+                mark(pen, x, y + 4, panel.right)
+            shift = 0 if panel.right is None else LINE
+            pen.multiline_text((x + shift, y), written(panel.below), fill="black", font=font)
+        top += head + SIDE + foot + 2 * GAP
     made = PngImagePlugin.PngInfo()
     made.add_text(*MADE.decode().split("\0"))
     try:

@@ -174,8 +174,8 @@ def training_record(name: str, scene: Scene, rng: random.Random, turns: int) -> 
     return {"id": name, "image": f"{name}.png", "conversations": conversations}
 
 
-# How often each question is asked in training, of 28. Much of "where", "column" and "row" lets space be learned
-# soon; captions about relations, the hardest, come three times as often as others.
+# How often each question is asked in training, of 28. Much of "where", "column" and "row" lets space be
+# learned soon; captions about relations, the hardest, come three times as often as others.
 MIX = {"where": 5, "at": 1, "colour": 1, "shape": 1, "exists": 1, "column": 4, "row": 4}
 MIX |= dict.fromkeys(COMPOSITION, 1) | {"swap_obj": 3, "replace_rel": 3}
 DESCRIBE = "Describe the picture."
@@ -333,9 +333,26 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
     return recognition, {kind: rows[:limit] for kind, rows in composition.items()}
 
 
-def tiny_cases(world: Path) -> list[tuple[Path, str]]:
-    """The questions of the main job's picture: true captions of three kinds, of different pictures."""
-    _, composition = tiny_items(world)
-    places = {"swap_att": 0, "replace_obj": 5, "swap_obj": 10}
-    items = [composition[kind][min(i, len(composition[kind]) - 1)] for kind, i in places.items()]
-    return [(picture, caption_question(true)) for picture, true, _ in items]
+PICTURED = ("swap_obj", "replace_rel", "swap_att")
+
+
+def tiny_captions(world: Path) -> dict[str, list[tuple[Path, str, str]]]:
+    """By kind, of three kinds: (picture, question, right answer) of both captions of 100 pairs."""
+    _, composition = tiny_items(world, 100)
+    return {
+        kind: [
+            (picture, caption_question(caption), answer)
+            for picture, true, wrong in composition[kind]
+            for caption, answer in ((true, "yes"), (wrong, "no"))
+        ]
+        for kind in PICTURED
+    }
+
+
+def asked_places(world: Path, limit: int = 300) -> list[tuple[Path, str, int]]:
+    """(picture, question, patch of the asked object) of the test's "where" questions: the answer says it."""
+    items, _ = tiny_items(world, limit)
+    return [
+        (picture, question, (int(answer[1]) - 1) * GRID + "abcd".index(answer[0]))
+        for picture, question, answer in items["where"]
+    ]

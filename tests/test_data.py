@@ -38,6 +38,7 @@ from siglip import SiglipConfig
 from support import records as record_files
 from support.errors import BadInput
 from support.records import Records
+from support.world import TINY, make_world
 
 # Written out once more, so that a slip in data.py cannot hide.
 SYSTEM = (
@@ -1133,3 +1134,26 @@ def test_grouping_by_length_saves_padding():
         share[name] = 1 - sums[0] / sums[1]
     print(share)
     assert share["plain"] > 0.15 and share["grouped"] < 0.06, share
+
+
+# ---------------------------------------------------------------- samples that are kept
+
+
+def test_samples_that_are_kept_are_those_that_would_be_made(tmp_path, monkeypatch):
+    """As many as fit, each made once; the others again and again."""
+    world = make_world(tmp_path / "world", tune=10, pretrain=1, per_kind=1)
+    tokenizer = data.load_tokenizer(TINY / "student")
+    fresh, keeping = (
+        LlavaDataset(world / "tune.json", world / "images", tokenizer, 16, 40) for _ in range(2)
+    )
+    made, plain = [], LlavaDataset.sample
+    monkeypatch.setattr(LlavaDataset, "sample", lambda self, *these: made.append(self) or plain(self, *these))
+    size = 4 * 3 * 40 * 40 + 72 * max(len(fresh[i]["input_ids"]) for i in range(10))
+    keeping.room = 4 * size
+    for _ in range(3):
+        for i in range(10):
+            one, other = fresh[i], keeping[i]
+            assert one["input_ids"] == other["input_ids"] and one["labels"] == other["labels"]
+            assert torch.equal(one["pixel_values"], other["pixel_values"])
+    assert len(keeping.kept) == 4 and keeping.room >= 0
+    assert sum(dataset is keeping for dataset in made) == 4 + 3 * 6

@@ -21,6 +21,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
+import distill
 import model
 import train
 from helpers import config
@@ -771,3 +773,60 @@ def test_the_scripts_in_runs(world, tmp_path, script, gpus):
     assert isinstance(student.answer(world / "images/tune-1.png", "What colour is the circle?"), str)
     weights = load_file(tmp_path / "out/released/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+# ---------------------------------------------------------------- validation
+
+
+@pytest.fixture(scope="module")
+def held_out(world):
+    """Five records of other scenes: batches of two leave a rest."""
+    file = world / "five.json"
+    file.write_text(json.dumps(json.loads((world / "val.json").read_text())[:5]))
+    return ["--val-data", file, "--val-every", 4]
+
+
+def test_validation_costs_the_training_no_random_number(world, held_out, tmp_path):
+    """With dropout, too; and what is logged are the losses over all records of the model that is saved."""
+    few = [*HARD, "--steps", 10]
+    train.main(command(world, tmp_path / "without", *few))
+    train.main(command(world, tmp_path / "with", *few, *held_out))
+    same_run(tmp_path / "without", tmp_path / "with")
+    logged = {row["step"]: row for row in rows(tmp_path / "with") if "val_lm" in row}
+    assert list(logged) == [4, 8, 10]
+
+    student, teacher = model.load(tmp_path / "with/x/stage2"), model.load(TINY / "teacher")
+    c = config(*few)
+    step = train.Step(student, teacher, c.method, c.weights, plain=True)
+    dataset = data.LlavaDataset(world / "five.json", world / "images", student.tokenizer, 16, 40)
+    sums, counts = {}, {}
+    for i in range(5):  # one by one
+        batch = dataset.batch([i])
+        for name, term in step(batch, distill.loss_counts(batch, c.method, c.weights))[1].items():
+            sums[name] = sums.get(name, 0) + term.sum.item()
+            counts[name] = counts.get(name, 0) + term.count.item()
+    for name in ("lm", "kl", "adl"):
+        assert logged[10][f"val_{name}"] == pytest.approx(sums[name] / counts[name], rel=1e-4), name
+    assert len({round(row["val_lm"], 6) for row in logged.values()}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_validation_is_over_all_ranks(world, held_out, tmp_path, parallel):
+    """Of four ranks two have one sample of a last pass to run, and two have none."""
+    few = ["--steps", 4, "--global-batch", 4, *held_out]
+    train.main(command(world, tmp_path / "one", *few, "--batch-size", 4))
+    run(command(world, tmp_path / "four", *few, "--batch-size", 1, "--parallel", parallel), 4)
+    one, four = (rows(tmp_path / out)[-1] for out in ("one", "four"))
+    for name in ("val_lm", "val_kl", "val_adl"):
+        assert one[name] == pytest.approx(four[name], rel=1e-4), name
+
+
+def test_a_validation_that_cannot_be_is_one_sentence(world, tmp_path):
+    flags = [*HARD, "--steps", 2]
+    with pytest.raises(SystemExit, match="error: .*nowhere.json"):
+        train.main(command(world, tmp_path, *flags, "--val-data", "nowhere.json"))
+    two = ["--data", world / "tune.json", world / "val.json", "--images", world / "images", world]
+    argv = [*command(world, tmp_path, *flags), *map(str, two), "--val-data", str(world / "val.json")]
+    with pytest.raises(SystemExit, match="say with --val-images which is the folder of .*val.json"):
+        train.main(argv)

@@ -27,6 +27,7 @@ from evals.analyses import (
     output_folder,
     pair_hits,
     resamples,
+    tiny_cases,
     understanding_cosine,
     world_questions,
     write_rows,
@@ -34,7 +35,7 @@ from evals.analyses import (
 from evals.benchmarks import markdown
 from evals.figures import FIGURES, NO_PLOTS
 from support.errors import one_line
-from support.world import make_world, tiny_cases
+from support.world import make_world
 from tiny.scores import exact_answers
 
 # ---------------------------------------------------------------- claims, and what they say together
@@ -273,7 +274,7 @@ def story(args: argparse.Namespace) -> None:
         questions = world_questions(world, args.limit)
         items = [(question.picture, question.text, question.answer) for question in questions["recognition"]]
         recognised = {name: np.array(exact_answers(vlm, items)) for name, vlm in models.items()}
-        cases = tiny_cases(world)
+        cases = tiny_cases(models, world)
         study = analyse(models, questions, cases, list(ANALYSES), folder, args.batch_size, method)
         links = tested(study)
         text = report(study, links, recognised, missing, (folder / "attention.png").exists())

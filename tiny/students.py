@@ -16,10 +16,11 @@ from tqdm import tqdm
 import model
 import train
 from evals import figures
-from evals.pictures import MADE, attention_picture
+from evals.analyses import tiny_cases
+from evals.pictures import MADE, Head, attention_picture, question_head
 from support.errors import BadInput, one_line, told
 from support.files import check_output, check_writable, field, read_json, write_atomically
-from support.world import COMPOSITION, make_world, tiny_cases
+from support.world import COMPOSITION, asked_places, make_world
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
 from training.log import step_of
@@ -63,13 +64,26 @@ def train_students(args: argparse.Namespace) -> None:
         rows[name] = scores_in(args.out / name / "scores.json")
     text = table(rows)
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    attention_picture(models, tiny_cases(args.out / "world"), args.out / "attention.png")
+    asked = asked_places(args.out / "world")
+    heads = {name: question_head(vlm, asked) for name, vlm in models.items()}
+    cases = tiny_cases(models, args.out / "world")
+    attention_picture(models, cases, args.out / "attention.png", heads=heads)
+    text += f"\n\n{legend(heads, len(asked))}"
     write_curves(args.out)
     write_atomically(args.out / "results.md", text + "\n")
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1))
     minutes = (time.time() - started) / 60
     files = "results.md, results.json, attention.png, curves.csv" + ", curves.png" * draw_curves(args.out)
     print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
+
+
+def legend(heads: dict[str, Head], number: int) -> str:
+    """What attention.png shows of each model."""
+    each = ", ".join(f"{name} {at.hits:.0f} %" for name, at in heads.items())
+    return (
+        "attention.png: where the answering position looks, in the head of each model whose brightest patch "
+        f'is most often the asked object, over {number} "where" questions: {each}'
+    )
 
 
 def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
@@ -173,7 +187,7 @@ def draw_curves(out: Path) -> bool:
     title = "Stage 2: scores on a few test items, losses on held-out records"
     if drawn := figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
         return drawn
-    print('curves.png needs matplotlib (the extra "plots"): pip install matplotlib, and the same command again')
+    print('curves.png needs matplotlib (the extra "plots"): install it, and give the same command again')
     return False
 
 

@@ -287,8 +287,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--max-bad-share", type=fraction, default=0.01,
         help="of samples so far, or of 1000, above which it stops all the same (default: %(default)s)")
     add("--workers", type=number(int, 0, 1000), help="processes that prepare batches (default: the recipe's)")
-    add("--val-data", type=Path, metavar="FILE", help="held-out records of the same form, on which the losses "
-        "are logged, too: val_lm and so on")
+    add("--val-data", type=Path, metavar="FILE", help="held-out records of the same form: the losses on them "
+        "are logged, too, as val_lm and so on")
     add("--val-images", type=Path, metavar="DIR", help="the folder of their pictures (default: --images)")
     add("--val-every", type=whole, default=500, metavar="N", help="steps between that (default: %(default)s)")
 

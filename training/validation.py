@@ -19,7 +19,7 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         return None
     images = trained_on.images
     if c.val_images is None and len(set(images)) > 1:
-        raise BadInput(f"--images has {len(set(images))} folders: say with --val-images which is {c.val_data}'s")
+        raise BadInput(f"--images are several: say with --val-images which is the folder of {c.val_data}")
     return data.LlavaDataset(
         c.val_data,
         c.val_images or images[0],
