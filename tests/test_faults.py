@@ -619,8 +619,8 @@ def test_words_of_other_alphabets_are_told_apart(one, other, tmp_path, capsys):
     """By a font of the system, or by numbers, and then with a sentence."""
 
     def drawn(text):
-        pictures.sheet([[(text, Image.new("RGB", (240, 240)))]], tmp_path / "a.png")
-        return np.asarray(Image.open(tmp_path / "a.png"))[:44].copy()
+        pictures.sheet([[pictures.Panel(text, Image.new("RGB", (240, 240)))]], tmp_path / "a.png")
+        return np.asarray(Image.open(tmp_path / "a.png"))[:36].copy()
 
     assert not np.array_equal(drawn(one), drawn(other)) and np.array_equal(drawn(one), drawn(one))
     font, lacking = pictures.font_for(one)

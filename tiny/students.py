@@ -19,7 +19,7 @@ from evals import figures
 from evals.analyses import tiny_cases
 from evals.pictures import MADE, Head, attention_picture, question_head
 from support.errors import BadInput, one_line, told
-from support.files import check_output, check_writable, field, read_json, write_atomically
+from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
 from support.world import COMPOSITION, asked_places, make_world
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
@@ -48,7 +48,7 @@ def train_students(args: argparse.Namespace) -> None:
             )
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
-        if not (args.out / "curves.png").exists():
+        if (args.out / "curves.csv").exists() and not (args.out / "curves.png").exists():
             draw_curves(args.out)
         return
     check_writable(args.out)
@@ -168,10 +168,10 @@ def write_curves(out: Path) -> None:
     """curves.csv: per student and step its scores on a few items, and its losses on the held-out records."""
     rows = []
     for name in STUDENTS:
-        losses = [json.loads(line) for line in (out / name / "stage2.jsonl").read_text().splitlines()]
-        losses = {row["step"]: row for row in losses if "val_lm" in row}
+        lines = (out / name / "stage2.jsonl").read_text(errors="replace").splitlines()
+        losses = {step_of(line): json.loads(line) for line in lines if step_of(line) and "val_lm" in line}
         for step, scores in read_json(out / name / "curve.json", remedy="; choose another --out").items():
-            terms = {term: losses[int(step)].get(f"val_{term}", "") for term in ("lm", "kl", "adl")}
+            terms = {term: losses.get(int(step), {}).get(f"val_{term}", "") for term in ("lm", "kl", "adl")}
             rows.append({"student": name, "step": int(step), **scores, **terms})
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
@@ -182,11 +182,15 @@ def write_curves(out: Path) -> None:
 
 def draw_curves(out: Path) -> bool:
     """curves.png from curves.csv; False, and a sentence, where there is no matplotlib."""
-    with open(out / "curves.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(read_text(out / "curves.csv").splitlines()))
     title = "Stage 2: scores on a few test items, losses on held-out records"
-    if drawn := figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
-        return drawn
+    try:
+        if figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
+            return True
+    except (KeyError, TypeError, ValueError):
+        raise BadInput(
+            f"{out / 'curves.csv'} is not as this program wrote it; choose another --out"
+        ) from None
     print('curves.png needs matplotlib (the extra "plots"): install it, and give the same command again')
     return False
 

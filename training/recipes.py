@@ -25,7 +25,7 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     "tiny": {
         "all": dict(batch_size=32, max_length=2048, tune="full", precision="fp32", workers=0),
         "0a": dict(steps=300, lr=2e-3),
-        "0b": dict(steps=8000, lr=1e-3, batch_size=16),
+        "0b": dict(steps=5000, lr=2e-3),
         "1": dict(steps=100, lr=2e-3),
         "2": dict(steps=7000, lr=1.5e-3, batch_size=4, vat_weight=10.0),
         "3": dict(steps=100, lr=5e-4),
