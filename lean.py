@@ -28,6 +28,7 @@ from qwen import Output, fused_attention, probabilities
 # ---------------------------------------------------------------- attention: a map and no more
 
 QUERY_ROWS = 128  # whose attention, with heads, exists at one time: 128 suit the caches of a CPU
+SMALL = 1 << 18  # scores (B,H,rows,S): so few are kept for the backward pass, not computed again
 GPU_SCORES = 1 << 26  # a GPU is kept busy by more: about so many scores (B,H,rows,S) at one time
 ALIGN = {"cuda": 8}  # queries and keys in multiples of it: for others a GPU has slower products
 
@@ -51,7 +52,8 @@ class VisualAttention:
 def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
     """The head mean of the attention of `rows` on `columns` -> (B,R,P), some rows at a time.
 
-    Each part is computed again in the backward pass: in between only (B,R,P) stays, and nothing with heads.
+    Each part is computed again in the backward pass, unless it is small: in between only (B,R,P) stays, and
+    nothing with heads.
     """
     (B, H, T, _), S, n = q.shape, k.shape[2], ALIGN.get(q.device.type, 1)
     step = max(n, GPU_SCORES // (B * H * S) // n * n) if q.is_cuda else QUERY_ROWS
@@ -62,7 +64,10 @@ def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: 
         visible = S - T + stop  # keys; no query of these sees one beyond
         part_mask = None if mask is None else mask[:, :, start:stop, :visible]
         inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S
-        part = checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False)
+        if B * H * (stop - start) * visible <= SMALL or not torch.is_grad_enabled():
+            part = _map_of_part(*inputs)
+        else:
+            part = checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False)
         parts.append(part[:, max(0, rows.start - start) :])
     return torch.cat(parts, 1)
 

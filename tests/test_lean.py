@@ -32,14 +32,18 @@ def seen(rows, *layers, columns=COLUMNS):
     return dict.fromkeys(layers, VisualAttention(rows, columns))
 
 
-@pytest.mark.parametrize("chunk, align", [(1, 1), (2, 1), (4, 1), (128, 1), (4, 4), (128, 8)])
+@pytest.mark.parametrize(
+    "chunk, align, kept", [(1, 1, 0), (2, 1, 0), (4, 1, 99), (128, 1, 9999), (4, 4, 0), (128, 8, 0)]
+)
 @pytest.mark.parametrize("kv_heads", [4, 2])
 @pytest.mark.parametrize("mask", [None, RIGHT, LEFT], ids=["unpadded", "right", "left"])
 @pytest.mark.parametrize("rows", [slice(0, 9), slice(2, 9), slice(3, 7), slice(8, 9), slice(4, 4)])
-def test_a_map_is_that_of_whole_attention(monkeypatch, mask, kv_heads, chunk, align, rows):
+def test_a_map_is_that_of_whole_attention(monkeypatch, mask, kv_heads, chunk, align, kept, rows):
     """The same numbers, logits and gradients through the maps as distill.visual_map has from whole attention,
-    however many rows are made at a time, and where parts are made larger, as for a GPU.
+    however many rows are made at a time, where parts are made larger, as for a GPU, and whether they are
+    kept for the backward pass or computed again (with kept=99 some are).
     """
+    monkeypatch.setattr(lean, "SMALL", kept)
     monkeypatch.setattr(lean, "QUERY_ROWS", chunk)
     monkeypatch.setitem(lean.ALIGN, "cpu", align)
     lm = tiny(num_key_value_heads=kv_heads)
@@ -63,10 +67,11 @@ def test_a_map_is_that_of_whole_attention(monkeypatch, mask, kv_heads, chunk, al
     assert got["model.layers.2.self_attn.o_proj.weight"] is None  # comes after the last map
 
 
-def test_no_map_with_heads_is_kept():
+def test_no_map_with_heads_is_kept(monkeypatch):
     """What the backward pass keeps of a layer is q, k and (B,R,P): nothing of size H * T * S, and
     no more than without a request, but for the maps.
     """
+    monkeypatch.setattr(lean, "SMALL", 0)
     torch.manual_seed(0)
     lm, T = tiny(max_position_embeddings=512), 300
     ids, columns = torch.randint(0, 61, (2, T)), torch.arange(5, 55).expand(2, 50)
