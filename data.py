@@ -288,7 +288,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             return self.kept[index]
         sample = self.prepare(index)
         pixels = sample.get("pixel_values")
-        size = 72 * len(sample["input_ids"]) + (0 if pixels is None else pixels.nbytes)  # 72: of two numbers
+        size = 72 * len(sample["input_ids"]) + (0 if pixels is None else pixels.nbytes)  # id, label: 72 bytes
         if size <= self.room:
             self.room -= size
             self.kept[index] = sample

@@ -373,9 +373,7 @@ METHODS = {
     # the paper's
     "compodistill": Method({"1": LM_KL, "2": LM_KL_ADL, "3": LM}),
     # ours: the rows of the text, one by one
-    "compodistill-rows": Method(
-        {"1": LM_KL, "2": LM_KL | {"adl": 3.0}, "3": LM}, distance="cosine-rows", rows="text"
-    ),
+    "compodistill-rows": Method({"1": LM_KL, "2": LM_KL_ADL, "3": LM}, distance="cosine-rows", rows="text"),
     # as the released code has it
     "released": Method(
         {"1": LM_KL, "2": LM_KL_ADL, "3": LM},

@@ -20,6 +20,7 @@ recipes and Config are in training/recipes.py, how models are loaded and frozen 
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -146,7 +147,7 @@ def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
     held_out = open_validation(c, dataset)
     steps = c.steps or math.ceil(c.epochs * len(dataset) / c.global_batch)
     identity = recipes.identity(c, steps, dataset.records)
-    agree(identity | recipes.command(c))
+    agree(identity | recipes.command(c) | {"val_data": held_out and held_out.records.digests})
     if resume.open_run(run, c.folder, identity):
         print0(f"stage {c.stage}: finished already, {c.folder} (for changed code take another --name)")
         return
@@ -218,11 +219,13 @@ def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
             validated = held_out is not None and ((step + 1) % c.val_every == 0 or step == steps - 1)
             if (step + 1) % c.log_every == 0 or step in (0, steps - 1) or validated:
                 losses = all_reduce(torch.tensor(rank_losses, dtype=torch.float64, device=device)).tolist()
+                began = time.time()
                 more = validate(module, student, held_out, c, device) if validated else {}
+                log.since += time.time() - began  # it is no part of the rates of training
                 log.row(dict(zip(sums, losses)) | more, lr, norm, state)
+            yield step + 1, student
             if (step + 1) % c.save_every == 0 and step + 1 < steps:
                 resume.save(run, student, optimizer, state, c.keep)
-            yield step + 1, student
         save_model(student, c)
         resume.remove_saves(run)
         if any_rank(bool(stop_requests), device):  # of several stages the next one is not begun
@@ -345,7 +348,7 @@ def open_batches(
     rank, ranks = rank_and_ranks()
     lengths = dataset.lengths if c.group_by_length else None
     samples, size = len(dataset), c.batch_size
-    if steps * c.global_batch > samples:  # a sample is asked for again: those that fit are kept
+    if (steps - start) * c.global_batch >= samples + c.global_batch:  # more than an epoch: what fits is kept
         dataset.room = KEPT // max(1, c.workers)
     order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, start, lengths)
     return batches_made(dataset.batch, order, c.workers, pin=device != "cpu")

@@ -687,6 +687,7 @@ def run(args: argparse.Namespace) -> None:
             questions = world_questions(world, args.limit)
         method = replace(PAPER, layers=args.layers)
         models = load_models(args.teacher, students, method)
-        cases = cases or tiny_cases(models, world)
+        if "picture" in args.which and not cases:
+            cases = tiny_cases(models, world)
         analyse(models, questions, cases, args.which, folder, args.batch_size, method)
     print(f"{missing}\n{one_line(args.out)}".strip())

@@ -3,12 +3,14 @@
 matplotlib is the optional extra "plots"; without it every number is written all the same.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from evals.pictures import MADE
+from support.files import write_atomically
 
 NO_PLOTS = 'the curves need matplotlib (the extra "plots"): pip install matplotlib, then another --out'
 
@@ -44,7 +46,9 @@ def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, ro
         axes.grid(alpha=0.3)
     columns = 3 if sum(map(len, handles)) > 80 else 6
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns)
-    figure.savefig(file, dpi=130, metadata=dict([MADE.decode().split("\0")]))
+    whole = io.BytesIO()
+    figure.savefig(whole, dpi=130, metadata=dict([MADE.decode().split("\0")]))
+    write_atomically(file, whole.getvalue())
     return True
 
 

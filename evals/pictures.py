@@ -79,8 +79,8 @@ def answer_maps(vlm: model.VLM, picture_questions: list[tuple[Path | Image.Image
         inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
         attentions = vlm(**inputs, attention=dict.fromkeys(layers, explicit_attention)).attentions
         last = batch["attention_mask"].sum(1) - 1  # (B,), the answering position
-        B = torch.arange(len(last), device=last.device)
-        rows = torch.stack([A.transpose(0, 1)[:, B, last] for A in attentions.values()])  # (L,H,B,T)
+        each = torch.arange(len(last), device=last.device)
+        rows = torch.stack([A.transpose(0, 1)[:, each, last] for A in attentions.values()])  # (L,H,B,T)
         columns = batch["visual_columns"].expand(*rows.shape[:2], -1, -1)  # (L,H,B,P)
         parts.append(rows.gather(3, columns))
     return torch.cat(parts, 2)
@@ -133,7 +133,7 @@ def enlarge(picture: Image.Image) -> Image.Image:
 
 def heat(picture: Image.Image, attention: np.ndarray, brightest: float) -> Image.Image:
     """The picture, as bright as the attention (side, side) is high; `brightest` leaves it as it is."""
-    weight = enlarge(Image.fromarray((255 * attention / brightest).astype(np.uint8)))
+    weight = enlarge(Image.fromarray((255 * attention / max(brightest, 1e-12)).astype(np.uint8)))
     bright = enlarge(picture)
     dark = Image.blend(bright, Image.new("RGB", bright.size, (25, 25, 45)), 0.75)
     return Image.composite(bright, dark, weight)
@@ -232,9 +232,9 @@ def system_fonts() -> Iterator[ImageFont.FreeTypeFont]:
                 pass  # of a kind that Pillow does not read
 
 
-def within(line: str, font: ImageFont.FreeTypeFont) -> str:
-    """As much of a line as has room over a picture."""
-    while font.getlength(line) > SIDE:
+def within(line: str, font: ImageFont.FreeTypeFont, room: int) -> str:
+    """As much of a line as has room, in pixels."""
+    while font.getlength(line) > room:
         line = line[:-1]
     return line
 
@@ -252,9 +252,9 @@ def sheet(rows: list[list[Panel]], file: Path) -> None:
     """Rows of panels, as a PNG."""
     font, lacking = font_for("".join(panel.above + panel.below for row in rows for panel in row))
 
-    def written(text: str) -> str:
+    def written(text: str, room: int = SIDE) -> str:
         text = "".join(f"U+{ord(letter):X} " if letter in lacking else letter for letter in text)
-        return "\n".join(within(line, font) for line in text.split("\n"))
+        return "\n".join(within(line, font, room) for line in text.split("\n"))
 
     def height(texts: Iterable[str]) -> int:
         return LINE * max(text.count("\n") + bool(text) for text in texts)
@@ -272,7 +272,7 @@ def sheet(rows: list[list[Panel]], file: Path) -> None:
             if panel.right is not None:
                 mark(pen, x, y + 4, panel.right)
             shift = 0 if panel.right is None else LINE
-            pen.multiline_text((x + shift, y), written(panel.below), fill="black", font=font)
+            pen.multiline_text((x + shift, y), written(panel.below, SIDE - shift), fill="black", font=font)
         top += head + SIDE + foot + 2 * GAP
     made = PngImagePlugin.PngInfo()
     made.add_text(*MADE.decode().split("\0"))

@@ -196,6 +196,8 @@ def make_world(
     test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png.
     """
     if (folder / "world.json").exists():
+        if not (folder / "val.json").exists():
+            raise BadInput(f"{folder} is of an earlier version; remove it, and it is made again")
         return folder
     if folder.exists():
         raise BadInput(f"{folder} exists and is not a tiny world; choose another folder")
@@ -351,8 +353,6 @@ def tiny_captions(world: Path) -> dict[str, list[tuple[Path, str, str]]]:
 
 def asked_places(world: Path, limit: int = 300) -> list[tuple[Path, str, int]]:
     """(picture, question, patch of the asked object) of the test's "where" questions: the answer says it."""
+    cells = {cell_name((column, row)): row * GRID + column for column in range(GRID) for row in range(GRID)}
     items, _ = tiny_items(world, limit)
-    return [
-        (picture, question, (int(answer[1]) - 1) * GRID + "abcd".index(answer[0]))
-        for picture, question, answer in items["where"]
-    ]
+    return [(*asked, cells[answer]) for *asked, answer in items["where"] if answer in cells]

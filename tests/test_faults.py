@@ -570,12 +570,17 @@ def test_an_edited_world_is_one_sentence(small, tmp_path, edit):
         world.tiny_items(folder)
 
 
-RUN = {"sft/stage2.run/run.json": '{"seed": 0, "steps": 1500}'}
+STEPS = recipes.RECIPES["tiny"]["2"]["steps"]
+RUN = {"sft/stage2.run/run.json": f'{{"seed": 0, "steps": {STEPS}}}'}
 RESULTS = {
     "no runs": ({"results.json": "{}"}, "run.json is missing"),
     "another seed": ({"results.json": "{}", **RUN, "sft/stage2.run/run.json": '{"seed": 7}'}, "of --seed 7"),
     "no scores": ({"results.json": '{"teacher": {}}', **RUN}, "recognition is None, not a float"),
     "a list": ({"results.json": "[]", **RUN}, "holds a list"),
+    "another world": (
+        {"world/world.json": "{}"},
+        "world is of an earlier version; remove it, and it is made again",
+    ),
     "a report of mine": ({"results.md": "Dear diary"}, "results.md was not written by this program"),
 }  # fmt: skip
 

@@ -813,7 +813,7 @@ def test_validation_costs_the_training_no_random_number(world, held_out, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_validation_is_over_all_ranks(world, held_out, tmp_path, parallel):
-    """Of four ranks two have one sample of a last pass to run, and two have none."""
+    """Of four ranks one has a record in the second pass, and three have none."""
     few = ["--steps", 4, "--global-batch", 4, *held_out]
     train.main(command(world, tmp_path / "one", *few, "--batch-size", 4))
     run(command(world, tmp_path / "four", *few, "--batch-size", 1, "--parallel", parallel), 4)
@@ -822,10 +822,43 @@ def test_validation_is_over_all_ranks(world, held_out, tmp_path, parallel):
         assert one[name] == pytest.approx(four[name], rel=1e-4), name
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_save_after_a_validation_is_whole(world, held_out, tmp_path, parallel):
+    """FSDP has gathered weights for it: with all moments a run goes on to the same bits."""
+    flags = ["--steps", 6, "--batch-size", 4, "--parallel", parallel, "--save-every", 4, *held_out]
+    run(command(world, tmp_path / "whole", *flags), 1)
+    run(command(world, tmp_path / "parts", *flags), 1, stop=4)
+    run(command(world, tmp_path / "parts", *flags), 1)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_held_out_records_that_cannot_be_used_are_left_out(world, tmp_path):
+    """No other stands in for them; and of texts alone there is no L_ADL, not one of 0."""
+    five = json.loads((world / "val.json").read_text())[:5]
+    broken = [*five[:2], {**five[2], "image": "nowhere.png"}, *five[3:]]
+    texts = [
+        {"id": "t", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "no"}]}
+    ]
+    logged = []
+    for name, records in {"four": [*five[:2], *five[3:]], "broken": broken, "texts": texts}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(records))
+        flags = ["--steps", 1, "--batch-size", 2, "--val-data", tmp_path / f"{name}.json"]
+        train.main(command(world, tmp_path / name, *flags))
+        logged.append({key: value for key, value in rows(tmp_path / name)[-1].items() if "val_" in key})
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and list(logged[0]) == [
+        "val_lm",
+        "val_kl",
+        "val_adl",
+    ]
+    assert list(logged[2]) == ["val_lm", "val_kl"]
+
+
 def test_a_validation_that_cannot_be_is_one_sentence(world, tmp_path):
     flags = [*HARD, "--steps", 2]
-    with pytest.raises(SystemExit, match="error: .*nowhere.json"):
+    with pytest.raises(SystemExit, match="error: nowhere.json is missing .*name another with --val-data"):
         train.main(command(world, tmp_path, *flags, "--val-data", "nowhere.json"))
+    with pytest.raises(SystemExit):
+        train.main(command(world, tmp_path, *flags, "--val-every", 3))
     two = ["--data", world / "tune.json", world / "val.json", "--images", world / "images", world]
     argv = [*command(world, tmp_path, *flags), *map(str, two), "--val-data", str(world / "val.json")]
     with pytest.raises(SystemExit, match="say with --val-images which is the folder of .*val.json"):

@@ -70,7 +70,8 @@ def make_tiny(args: argparse.Namespace) -> None:
             make_teacher(args.out, made)
         except Stopped as stopped:
             return print(stopped)
-    print(f"{args.out}: vision, {', '.join(SIZES)}, teacher")
+    scenes = read_json(args.out / "world/world.json").get("tune")
+    print(f"{args.out}: vision, {', '.join(SIZES)}, teacher, which has learned from {scenes} scenes")
 
 
 def make_vision(folder: Path, seed: int) -> None:

@@ -5,7 +5,6 @@ compositional   SugarCrepe's seven kinds of caption pairs: right if P(yes | true
                 P(yes | hard negative), each asked alone; chance is 50
 """
 
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import lean
 from distill import METHODS, Method
 from evals import scorers
 from evals.benchmarks import markdown
+from evals.pictures import replies
 from evals.scorers import Ask
 from model import VLM, finite
 from support.world import COMPOSITION, RECOGNITION, caption_question, tiny_items
@@ -34,9 +34,8 @@ def tiny_scores(vlm: VLM, world: Path, limit: int | None = None) -> dict[str, fl
 
 def exact_answers(vlm: VLM, items: list[tuple[Path, str, str]]) -> list[float]:
     """1.0 where the greedy answer to (picture, question) is the expected one, letter for letter."""
-    asks = [Ask(picture, question) for picture, question, _ in items]
-    replies = scorers.of_all(vlm, asks, partial(scorers.write, max_new_tokens=4))
-    return [float(reply == answer) for reply, (_, _, answer) in zip(replies, items)]
+    said = replies(vlm, [Ask(picture, question) for picture, question, _ in items])
+    return [float(reply == answer) for reply, (_, _, answer) in zip(said, items)]
 
 
 def paired_yes(vlm: VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:

@@ -28,6 +28,8 @@ from training.signals import Stopped
 
 # Same stages, steps, batches and data order, and the same text-only language model; only --method differs.
 STUDENTS = ("sft", "kd", "compodistill", "compodistill-rows")
+OTHER = "; choose another --out"
+CURVES = ("recognition", "compositional", *COMPOSITION)
 POINTS, ITEMS = 10, 40  # of the curves: how often a student is scored in stage 2, on how many items of a kind
 
 
@@ -88,7 +90,7 @@ def legend(heads: dict[str, Head], number: int) -> str:
 
 def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
     """The scores in a file or, with a name, under that name in it. BadInput: something is missing."""
-    content = read_json(file, remedy="; choose another --out")
+    content = read_json(file, remedy=OTHER)
     scores = content if name is None else field(content, name, dict, file)
     for column in ("recognition", "compositional", *COMPOSITION):
         field(scores, column, float, f"{file}{f', {name}' * bool(name)}")
@@ -160,21 +162,28 @@ def add_point(out: Path, name: str, step: int, student: model.VLM) -> None:
     scores = tiny_scores(student, out / "world", ITEMS)
     student.train()
     file = out / name / "curve.json"
-    points = read_json(file, remedy="; choose another --out") if file.exists() else {}
+    points = read_json(file, remedy=OTHER) if file.exists() else {}
+    points = {at: point for at, point in points.items() if at.isdecimal() and int(at) < step}
     write_atomically(file, json.dumps(points | {str(step): scores}, indent=1))
 
 
 def write_curves(out: Path) -> None:
-    """curves.csv: per student and step its scores on a few items, and its losses on the held-out records."""
-    rows = []
+    """curves.csv: per student and step its scores on a few items, and its losses on the held-out records.
+
+    Of a student that train.py has made there are none.
+    """
+    rows, losses = [], ("lm", "kl", "adl")
     for name in STUDENTS:
-        lines = (out / name / "stage2.jsonl").read_text(errors="replace").splitlines()
-        losses = {step_of(line): json.loads(line) for line in lines if step_of(line) and "val_lm" in line}
-        for step, scores in read_json(out / name / "curve.json", remedy="; choose another --out").items():
-            terms = {term: losses.get(int(step), {}).get(f"val_{term}", "") for term in ("lm", "kl", "adl")}
-            rows.append({"student": name, "step": int(step), **scores, **terms})
+        file, log = out / name / "curve.json", out / name / "stage2.jsonl"
+        points = read_json(file, remedy=OTHER) if file.exists() else {}
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+        logged = {step_of(line): json.loads(line) for line in lines if step_of(line) and "val_lm" in line}
+        for at, point in points.items():
+            scores = {column: field(point, column, float, f"{file}, {at}") for column in CURVES}
+            terms = {term: logged.get(int(at), {}).get(f"val_{term}", "") for term in losses}
+            rows.append({"student": name, "step": int(at), **scores, **terms})
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
+    writer = csv.DictWriter(text, ["student", "step", *CURVES, *losses], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / "curves.csv", text.getvalue())

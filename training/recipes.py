@@ -25,9 +25,9 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     "tiny": {
         "all": dict(batch_size=32, max_length=2048, tune="full", precision="fp32", workers=0),
         "0a": dict(steps=300, lr=2e-3),
-        "0b": dict(steps=5000, lr=2e-3),
+        "0b": dict(steps=8000, lr=1.5e-3, batch_size=16),
         "1": dict(steps=200, lr=2e-3, batch_size=8),
-        "2": dict(steps=7000, lr=1.5e-3, batch_size=4, vat_weight=10.0),
+        "2": dict(steps=5000, lr=1.5e-3, batch_size=4, vat_weight=10.0),
         "3": dict(steps=100, lr=5e-4, batch_size=16),
     },
     "paper": {
@@ -122,7 +122,9 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     if args.recipe == "paper" and args.tune == "full" and stage in ("0b", "2", "3"):
         recipe["lr"] = FULL_LR
     values = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
-    if args.batch_size is None and values["global_batch"] is None:  # the tiny recipe's is that of all ranks
+    if (
+        args.batch_size is None and values["global_batch"] is None
+    ):  # the tiny recipe's is that of all ranks, as far as they divide it
         values["batch_size"] = max(1, values["batch_size"] // ranks)
     per_pass = ranks * values["batch_size"]
     if values["accumulation"] is None:
@@ -268,7 +270,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
     add("--vat-loss", choices=["none", *DISTANCES], help="VAT, visual attention alignment: the distance of "
         "two maps, in stage 2")
-    add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
+    add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2 "
+        "(default: 10 in the recipe tiny)")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
@@ -325,6 +328,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         parser.error("--recipe paper is for data of your own: --data and --images")
     if args.data and args.stage in (None, "0"):
         parser.error("--data is another for every stage: run --stage 0a, 0b, 1, 2, 3 each on its own")
+    if not args.val_data and given & {"val_images", "val_every"}:
+        parser.error("--val-images and --val-every go with --val-data")
     if args.steps and args.epochs:
         parser.error("--steps and --epochs exclude each other")
     if args.name and (Path(args.name).name != args.name or args.name == ".."):

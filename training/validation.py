@@ -17,6 +17,8 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
     """The held-out records, read as those that are trained on; None where there are none."""
     if c.val_data is None:
         return None
+    if not c.val_data.is_file():
+        raise BadInput(f"{c.val_data} is missing or no file; name another with --val-data, or leave it out")
     images = trained_on.images
     if c.val_images is None and len(set(images)) > 1:
         raise BadInput(f"--images are several: say with --val-images which is the folder of {c.val_data}")
@@ -39,16 +41,18 @@ def validate(
 ) -> dict[str, float]:
     """The terms of the loss over all held-out records and all ranks -> {"val_lm": ...}.
 
-    step: train.Step, wrapped or not. No dropout, no random number. Every rank runs as many batches: FSDP
-    waits for all ranks. Where its share is used up, a rank runs a sample that counts nothing.
+    step: train.Step, wrapped or not. No dropout, no random number. A record for which another would stand in
+    is left out, and so is a term that nothing counts for. Every rank runs as many batches: FSDP waits for all
+    ranks. Where its share is used up, a rank runs a sample that counts nothing.
     """
     rank, ranks = rank_and_ranks()
     numbers: dict[str, Tensor] = {}  # name -> sum and count
     student.eval()
     for i in range(math.ceil(len(held_out) / (ranks * c.batch_size))):
         first = (i * ranks + rank) * c.batch_size
-        share = list(range(first, min(first + c.batch_size, len(held_out))))
-        batch = data.to_device(held_out.batch(share or [0]), device)
+        share = [held_out[j] for j in range(first, min(first + c.batch_size, len(held_out)))]
+        share = [sample for sample in share if not sample["replaced"]]
+        batch = data.to_device(data.collate(share or [held_out[0]]), device)
         if not share:
             batch["labels"].fill_(data.IGNORE)
             batch["has_image"].fill_(False)
@@ -57,5 +61,7 @@ def validate(
             both = torch.stack([torch.as_tensor(x, device=device).double() for x in (term.sum, term.count)])
             numbers[name] = numbers.get(name, 0) + both
     student.train()
+    if hasattr(step, "reshard"):  # FSDP gathers the root in a forward pass, and lets go after a backward one
+        step.reshard()
     sums = all_reduce(torch.stack(list(numbers.values()))).tolist()  # [[sum, count], ...]
-    return {f"val_{name}": total / max(count, 1) for name, (total, count) in zip(numbers, sums)}
+    return {f"val_{name}": total / count for name, (total, count) in zip(numbers, sums) if count}
