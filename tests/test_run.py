@@ -590,7 +590,7 @@ def test_the_papers_recipe():
         c = config(*flags, *models.get(stage, []), stage=stage, ranks=8)
         assert (c.lr, c.global_batch, c.max_length, c.lora_dropout) == numbers, stage
         assert (c.epochs, c.steps, c.tune, c.lora_rank, c.lora_alpha) == (1, None, "lora", 128, 256)
-        assert c.precision == "bf16" and c.gradient_checkpointing
+        assert c.precision == "bf16" and c.gradient_checkpointing and set(c.weights.values()) == {1.0}
     c = config(*flags, *models["2"], "--tune", "full", "--steps", 7, ranks=8)
     assert c.lr == 2e-5 and c.steps == 7 and c.epochs is None
     assert config(*flags, *models["2"], "--tune", "full", "--lr", 1e-3, ranks=8).lr == 1e-3

@@ -131,7 +131,7 @@ def test_descriptions_are_complete(world):
 def test_train_and_test_pictures_never_coincide(world):
     pictures = {"train": set(), "test": set()}
     for file in (world / "images").iterdir():
-        pictures["test" if file.name.startswith("test") else "train"].add(
+        pictures["test" if file.name.startswith(("test", "val")) else "train"].add(
             np.asarray(Image.open(file)).tobytes()
         )
     assert len(pictures["train"]) > 300 and len(pictures["test"]) > 50
@@ -140,7 +140,7 @@ def test_train_and_test_pictures_never_coincide(world):
 
 def test_the_world_is_the_same_every_time(world, tmp_path):
     again = make_world(tmp_path / "world", tune=300, pretrain=60, per_kind=60)
-    for file in ("tune.json", "pretrain.json", "test/swap_obj.json", "images/tune-7.png"):
+    for file in ("tune.json", "pretrain.json", "val.json", "test/swap_obj.json", "images/tune-7.png"):
         assert (again / file).read_bytes() == (world / file).read_bytes()
 
 
