@@ -180,7 +180,8 @@ def attention_picture(
             where = f"\nlayer {heads[name].layer}, head {heads[name].head}" if heads else ""
             right = None if answer is None else said == answer
             below = said if right is None else f"{said}: {'right' if right else 'wrong'}"
-            above = f"{fit(name)}{where}\n{100 * seen[name].sum():.0f} % on the picture"
+            short = name if len(name) <= 24 else f"...{name[-21:]}"  # folders differ at their ends
+            above = f"{short}{where}\n{100 * seen[name].sum():.0f} % on the picture"
             image = heat(picture, shares[name], max(map(np.max, shares.values())))
             rows[-1].append(Panel(above, image, fit(below, 2), right))
             drawn.append((path, question, name, seen[name]))

@@ -196,8 +196,6 @@ def make_world(
     test/recognition.json, test/<kind>.json in SugarCrepe's form, and images/*.png.
     """
     if (folder / "world.json").exists():
-        if not (folder / "val.json").exists():
-            raise BadInput(f"{folder} is of an earlier version; remove it, and it is made again")
         return folder
     if folder.exists():
         raise BadInput(f"{folder} exists and is not a tiny world; choose another folder")
@@ -355,4 +353,6 @@ def asked_places(world: Path, limit: int = 300) -> list[tuple[Path, str, int]]:
     """(picture, question, patch of the asked object) of the test's "where" questions: the answer says it."""
     cells = {cell_name((column, row)): row * GRID + column for column in range(GRID) for row in range(GRID)}
     items, _ = tiny_items(world, limit)
-    return [(*asked, cells[answer]) for *asked, answer in items["where"] if answer in cells]
+    if outside := [answer for *_, answer in items["where"] if answer not in cells]:
+        raise BadInput(f"{world / 'test/recognition.json'}: {outside[0]!r} is no place; remove {world}")
+    return [(*asked, cells[answer]) for *asked, answer in items["where"]]

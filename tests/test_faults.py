@@ -570,17 +570,20 @@ def test_an_edited_world_is_one_sentence(small, tmp_path, edit):
         world.tiny_items(folder)
 
 
-STEPS = recipes.RECIPES["tiny"]["2"]["steps"]
-RUN = {"sft/stage2.run/run.json": f'{{"seed": 0, "steps": {STEPS}}}'}
+OF_TINY = {"seed": 0, "steps": recipes.RECIPES["tiny"]["2"]["steps"]}
+OF_TINY["teacher"] = checkpoint.fingerprint(world.TINY / "teacher")
+RUN = {"kd/stage2.run/run.json": json.dumps(OF_TINY)}
+OTHER_SEED, OTHER_TEACHER = (
+    {"kd/stage2.run/run.json": json.dumps(OF_TINY | other)} for other in ({"seed": 7}, {"teacher": "x"})
+)
 RESULTS = {
     "no runs": ({"results.json": "{}"}, "run.json is missing"),
-    "another seed": ({"results.json": "{}", **RUN, "sft/stage2.run/run.json": '{"seed": 7}'}, "of --seed 7"),
+    "another seed": ({"results.json": "{}", **OTHER_SEED}, "of --seed 7"),
+    "another teacher": ({"results.json": "{}", **OTHER_TEACHER}, "of another teacher than .*teacher;"),
     "no scores": ({"results.json": '{"teacher": {}}', **RUN}, "recognition is None, not a float"),
     "a list": ({"results.json": "[]", **RUN}, "holds a list"),
-    "another world": (
-        {"world/world.json": "{}"},
-        "world is of an earlier version; remove it, and it is made again",
-    ),
+    "half a world": ({"world/world.json": "{}"}, "recognition.json"),
+    "curves of mine": ({"curves.csv": "mine"}, "curves.csv was not written by this program"),
     "a report of mine": ({"results.md": "Dear diary"}, "results.md was not written by this program"),
 }  # fmt: skip
 
@@ -592,7 +595,9 @@ def test_edited_results_are_one_sentence(tmp_path, edit):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=why):
-        students.train_students(program.argparse.Namespace(out=tmp_path, seed=0, steps=None, teacher="x"))
+        students.train_students(
+            program.argparse.Namespace(out=tmp_path, seed=0, steps=None, teacher=str(world.TINY / "teacher"))
+        )
 
 
 # ---------------------------------------------------------------- longer than the model

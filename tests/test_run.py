@@ -832,25 +832,37 @@ def test_a_save_after_a_validation_is_whole(world, held_out, tmp_path, parallel)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_held_out_records_that_cannot_be_used_are_left_out(world, tmp_path):
-    """No other stands in for them; and of texts alone there is no L_ADL, not one of 0."""
+def test_held_out_records_that_cannot_be_used(world, tmp_path):
+    """A broken one stops the run before its first step, also where those that are trained on are passed over;
+    no other stands in for one without an answer; and of texts alone there is no L_ADL, not one of 0.
+    """
     five = json.loads((world / "val.json").read_text())[:5]
-    broken = [*five[:2], {**five[2], "image": "nowhere.png"}, *five[3:]]
-    texts = [
-        {"id": "t", "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "no"}]}
-    ]
-    logged = []
-    for name, records in {"four": [*five[:2], *five[3:]], "broken": broken, "texts": texts}.items():
+    silent = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": ""}]
+    spoken = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "no"}]
+    files = {
+        "five": five,
+        "six": [*five, {"id": "long", "conversations": [{**silent[0], "value": "what " * 2000}, spoken[1]]}],
+        "texts": [{"id": "t", "conversations": spoken}],
+        "broken": [*five[:2], {**five[2], "image": "nowhere.png"}, *five[3:]],
+    }
+    logged = {}
+    for name, records in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(records))
-        flags = ["--steps", 1, "--batch-size", 2, "--val-data", tmp_path / f"{name}.json"]
-        train.main(command(world, tmp_path / name, *flags))
-        logged.append({key: value for key, value in rows(tmp_path / name)[-1].items() if "val_" in key})
-    assert logged[0] == pytest.approx(logged[1], rel=1e-5) and list(logged[0]) == [
+        argv = command(world, tmp_path / name, "--steps", 1, "--batch-size", 2)
+        argv += ["--val-data", str(tmp_path / f"{name}.json")]
+        if name == "broken":
+            with pytest.raises(SystemExit, match="error: .*broken.json, record 'val-2': .*nowhere.png"):
+                train.main(argv)
+            assert not rows(tmp_path / name)
+            continue
+        train.main(argv)
+        last = rows(tmp_path / name)[-1]
+        logged[name] = {key: value for key, value in last.items() if key.startswith("val_")}
+    assert logged["five"] == pytest.approx(logged["six"], rel=1e-5)
+    assert list(logged["five"]) == ["val_lm", "val_kl", "val_adl"] and list(logged["texts"]) == [
         "val_lm",
         "val_kl",
-        "val_adl",
     ]
-    assert list(logged[2]) == ["val_lm", "val_kl"]
 
 
 def test_a_validation_that_cannot_be_is_one_sentence(world, tmp_path):
@@ -859,6 +871,10 @@ def test_a_validation_that_cannot_be_is_one_sentence(world, tmp_path):
         train.main(command(world, tmp_path, *flags, "--val-data", "nowhere.json"))
     with pytest.raises(SystemExit):
         train.main(command(world, tmp_path, *flags, "--val-every", 3))
+    with pytest.raises(SystemExit, match="error: nowhere: no such folder .*--val-images"):
+        train.main(
+            command(world, tmp_path, *flags, "--val-data", world / "val.json", "--val-images", "nowhere")
+        )
     two = ["--data", world / "tune.json", world / "val.json", "--images", world / "images", world]
     argv = [*command(world, tmp_path, *flags), *map(str, two), "--val-data", str(world / "val.json")]
     with pytest.raises(SystemExit, match="say with --val-images which is the folder of .*val.json"):

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -18,9 +19,10 @@ import train
 from evals import figures
 from evals.analyses import tiny_cases
 from evals.pictures import MADE, Head, attention_picture, question_head
+from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line, told
 from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
-from support.world import COMPOSITION, asked_places, make_world
+from support.world import COMPOSITION, asked_places, make_world, tiny_items
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
 from training.log import step_of
@@ -40,9 +42,14 @@ def train_students(args: argparse.Namespace) -> None:
     steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
     if "RANK" in os.environ:
         raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
+    teacher_print = fingerprint(find(args.teacher))
     if (args.out / "results.json").exists():
-        run = args.out / "sft/stage2.run/run.json"
+        run = args.out / "kd/stage2.run/run.json"
         before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
+        if before.get("teacher") != teacher_print:
+            raise BadInput(
+                f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
+            )
         if (before.get("seed"), before.get("steps")) != (args.seed, steps["2"]):
             raise BadInput(
                 f"{args.out} has students of --seed {before.get('seed')} --steps {before.get('steps')}; "
@@ -50,23 +57,28 @@ def train_students(args: argparse.Namespace) -> None:
             )
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
-        if (args.out / "curves.csv").exists() and not (args.out / "curves.png").exists():
+        if not (args.out / "curves.png").exists():
+            write_curves(args.out)
             draw_curves(args.out)
         return
     check_writable(args.out)
     check_output(args.out / "results.md", b"| ")
+    check_output(args.out / "curves.csv", b"student,step,")
     for name in ("attention.png", "curves.png"):
         check_output(args.out / name, MADE)
     started = time.time()
-    print(f"tiny world: {make_world(args.out / 'world')}")
+    teacher, world = model.load(args.teacher), make_world(args.out / "world")
+    print(f"tiny world: {world}")
+    tiny_items(world)
+    asked = asked_places(world)
+    if not (world / "val.json").exists():
+        raise BadInput(f"{world} is of an earlier version; choose another --out")
     run_students(args, steps)
-    teacher = model.load(args.teacher)
     rows = {"teacher": tiny_scores(teacher, args.out / "world")}
     for name in STUDENTS:
         rows[name] = scores_in(args.out / name / "scores.json")
     text = table(rows)
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    asked = asked_places(args.out / "world")
     heads = {name: question_head(vlm, asked) for name, vlm in models.items()}
     cases = tiny_cases(models, args.out / "world")
     attention_picture(models, cases, args.out / "attention.png", heads=heads)
@@ -92,7 +104,7 @@ def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
     """The scores in a file or, with a name, under that name in it. BadInput: something is missing."""
     content = read_json(file, remedy=OTHER)
     scores = content if name is None else field(content, name, dict, file)
-    for column in ("recognition", "compositional", *COMPOSITION):
+    for column in (*CURVES, *(["similarity"] if "similarity" in scores else [])):
         field(scores, column, float, f"{file}{f', {name}' * bool(name)}")
     return scores
 
@@ -104,7 +116,7 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
     spawn = torch.multiprocessing.get_context("spawn")
     waiting, running = [], []
     for name in reversed(STUDENTS):  # the slow ones first: they share the cores best
-        argv = ["--method", name, "--out", str(args.out), "--seed", str(args.seed), "--teacher", args.teacher]
+        argv = ["--method", name, f"--out={args.out}", "--seed", str(args.seed), f"--teacher={args.teacher}"]
         if not args.steps:  # else their stages have other numbers of steps than train.py's
             print(f"  python train.py {' '.join(argv)}")
         waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
@@ -114,9 +126,13 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
         while waiting or running:
             while waiting and len(running) < at_once:
                 running.append(waiting.pop(0))
+                plain = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C this process tells it
                 running[-1].start()
+                signal.signal(signal.SIGINT, plain)
             time.sleep(0.5)
             bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
+            if any((process.exitcode or 0) < 0 for process in running):
+                raise BadInput("a student was killed, perhaps for want of memory; the same command goes on")
             if any(process.exitcode for process in running):
                 raise BadInput("a student stopped, as the sentence above says; the same command goes on")
             running = [process for process in running if process.exitcode is None]
@@ -131,7 +147,8 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
     """One student: stages 1, 2 and 3, scored on a few items while it learns, and on all at the end."""
     torch.set_num_threads(threads)
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    parent = torch.multiprocessing.parent_process().pid  # not getppid(): it may be dead already
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     args = recipes.parse_args("", argv)
     args.quiet, args.val_every = True, max(1, steps["2"] // POINTS)
     try:
@@ -179,11 +196,16 @@ def write_curves(out: Path) -> None:
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         logged = {step_of(line): json.loads(line) for line in lines if step_of(line) and "val_lm" in line}
         for at, point in points.items():
+            if not at.isdecimal():
+                raise BadInput(f"{file}: {f'{at!r}':.20} is no step{OTHER}")
             scores = {column: field(point, column, float, f"{file}, {at}") for column in CURVES}
-            terms = {term: logged.get(int(at), {}).get(f"val_{term}", "") for term in losses}
+            row = logged.get(int(at), {})
+            terms = {term: row[f"val_{term}"] for term in losses if f"val_{term}" in row}
+            for term in terms:
+                field(row, f"val_{term}", float, f"{log}, step {at}")
             rows.append({"student": name, "step": int(at), **scores, **terms})
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ["student", "step", *CURVES, *losses], lineterminator="\n")
+    writer = csv.DictWriter(text, ["student", "step", *CURVES, *losses], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / "curves.csv", text.getvalue())
@@ -193,13 +215,8 @@ def draw_curves(out: Path) -> bool:
     """curves.png from curves.csv; False, and a sentence, where there is no matplotlib."""
     rows = list(csv.DictReader(read_text(out / "curves.csv").splitlines()))
     title = "Stage 2: scores on a few test items, losses on held-out records"
-    try:
-        if figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
-            return True
-    except (KeyError, TypeError, ValueError):
-        raise BadInput(
-            f"{out / 'curves.csv'} is not as this program wrote it; choose another --out"
-        ) from None
+    if rows and figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
+        return True
     print('curves.png needs matplotlib (the extra "plots"): install it, and give the same command again')
     return False
 

@@ -12,6 +12,8 @@ from support.errors import BadInput
 from support.ranks import all_reduce, rank_and_ranks
 from training.recipes import Config
 
+KEPT = 1 << 28  # bytes of held-out samples that a rank keeps, as they were made
+
 
 def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDataset | None:
     """The held-out records, read as those that are trained on; None where there are none."""
@@ -22,7 +24,9 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
     images = trained_on.images
     if c.val_images is None and len(set(images)) > 1:
         raise BadInput(f"--images are several: say with --val-images which is the folder of {c.val_data}")
-    return data.LlavaDataset(
+    if c.val_images and not c.val_images.is_dir():
+        raise BadInput(f"{c.val_images}: no such folder of pictures; give it with --val-images")
+    held_out = data.LlavaDataset(
         c.val_data,
         c.val_images or images[0],
         trained_on.tokenizer,
@@ -30,9 +34,12 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         trained_on.image_size,
         trained_on.template,
         trained_on.max_length,
-        trained_on.skip_bad,
         only_pictures=c.stage in ("0a", "1"),
     )
+    held_out.room = KEPT
+    for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
+        held_out[i]
+    return held_out
 
 
 @torch.no_grad()
@@ -41,9 +48,9 @@ def validate(
 ) -> dict[str, float]:
     """The terms of the loss over all held-out records and all ranks -> {"val_lm": ...}.
 
-    step: train.Step, wrapped or not. No dropout, no random number. A record for which another would stand in
-    is left out, and so is a term that nothing counts for. Every rank runs as many batches: FSDP waits for all
-    ranks. Where its share is used up, a rank runs a sample that counts nothing.
+    step: train.Step, wrapped or not. No dropout, no random number. A record without an answer is left out,
+    and so is a term that nothing counts for. Every rank runs as many batches: FSDP waits for all ranks. Where
+    its share is used up, a rank runs a sample that counts nothing.
     """
     rank, ranks = rank_and_ranks()
     numbers: dict[str, Tensor] = {}  # name -> sum and count
