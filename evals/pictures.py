@@ -1,9 +1,9 @@
 """Pictures of where models look: the picture, bright where the attention is.
 
-Two views: the mean over words, heads and understanding layers, which is what VAT aligns, and the one head
-that shows the question best (`question_head`).
+Shown is the answering position, which predicts the first word of the answer: of the rows that VAT aligns the
+one in which the question shows best (README).
 
-Shapes: B questions, L layers, H heads, T tokens, R text rows, P visual tokens.
+Shapes: R text rows, P visual tokens.
 """
 
 import re
@@ -25,7 +25,6 @@ import distill
 import lean
 import model
 from evals.scorers import Ask, batches, of_all, prompt, write
-from qwen import explicit_attention
 from support.errors import BadInput, one_line
 
 
@@ -62,39 +61,6 @@ def replies(vlm: model.VLM, asks: list[Ask], words: int = 4) -> list[str]:
     return of_all(vlm, asks, partial(write, max_new_tokens=words))
 
 
-class Head(NamedTuple):
-    """One head of one layer, both from 0; in % how often its brightest patch is the asked object."""
-
-    layer: int
-    head: int
-    hits: float
-
-
-@torch.no_grad()
-def answer_maps(vlm: model.VLM, picture_questions: list[tuple[Path | Image.Image, str]]) -> Tensor:
-    """What the answering position sees of the picture, in every head of every layer -> (L,H,B,P)."""
-    layers, parts = range(vlm.config.text.num_hidden_layers), []
-    samples = (prompt(vlm, picture, question) for picture, question in picture_questions)
-    for batch in batches(samples, vlm.device):
-        inputs = dict(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], logits=False)
-        attentions = vlm(**inputs, attention=dict.fromkeys(layers, explicit_attention)).attentions
-        last = batch["attention_mask"].sum(1) - 1  # (B,), the answering position
-        each = torch.arange(len(last), device=last.device)
-        rows = torch.stack([A.transpose(0, 1)[:, each, last] for A in attentions.values()])  # (L,H,B,T)
-        columns = batch["visual_columns"].expand(*rows.shape[:2], -1, -1)  # (L,H,B,P)
-        parts.append(rows.gather(3, columns))
-    return torch.cat(parts, 2)
-
-
-def question_head(vlm: model.VLM, asked: list[tuple[Path, str, int]]) -> Head:
-    """The head whose brightest patch is most often the asked object's: (picture, question, that patch)."""
-    maps = answer_maps(vlm, [(picture, question) for picture, question, _ in asked])
-    patches = torch.tensor([patch for *_, patch in asked], device=maps.device)
-    hits = 100 * (maps.argmax(3) == patches).float().mean(2)  # (L,H)
-    best = int(hits.argmax())
-    return Head(*divmod(best, hits.shape[1]), hits.max().item())
-
-
 @torch.no_grad()
 def question_attention(
     vlm: model.VLM,
@@ -103,16 +69,16 @@ def question_attention(
     which: str = "intermediate",
     teacher: bool = False,
 ) -> np.ndarray:
-    """Where the text after the picture looks -> (side, side), the attention that falls on each patch.
+    """Where the answering position looks -> (side, side), the attention that falls on each patch.
 
-    Mean over heads, text queries and layers: `which`, as distill.choose_layers has them.
+    Mean over heads and layers: `which`, as distill.choose_layers has them.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
     attend, _ = lean.visual_attention_of(batch, "text")
     layers = distill.choose_layers(which, vlm.config.text.num_hidden_layers, teacher)
     inputs = batch["input_ids"], batch["pixel_values"]
     out = vlm(*inputs, attention=dict.fromkeys(layers, attend), logits=False)
-    return on_patches(vlm, torch.cat(list(out.attentions.values())).mean((0, 1)))  # k of (1,R,P) -> (P,)
+    return on_patches(vlm, torch.cat(list(out.attentions.values()))[:, -1].mean(0))  # k of (1,R,P) -> (P,)
 
 
 def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:
@@ -149,17 +115,12 @@ class Panel(NamedTuple):
 
 
 def attention_picture(
-    models: dict[str, model.VLM],
-    cases: list[Case],
-    file: Path,
-    which: str = "intermediate",
-    heads: dict[str, Head] | None = None,
+    models: dict[str, model.VLM], cases: list[Case], file: Path, which: str = "intermediate"
 ) -> list[tuple[Path, str, str, np.ndarray]]:
     """Draw a row per case: the picture, then where each model looks, below it its answer, right or wrong.
 
-    heads: of each model the one whose answering position is shown (default: question_attention's mean). What
-    is drawn is each patch's share of the attention on the picture, on one scale for all panels of a row: the
-    brightest patch of the row is as bright as the picture.
+    What is drawn is each patch's share of the attention on the picture, on one scale for all panels of a row:
+    the brightest patch of the row is as bright as the picture.
     Returns (picture, question, model, attention (side, side)) of all that was drawn.
     """
     rows, drawn = [], []
@@ -169,19 +130,14 @@ def attention_picture(
         rows.append([Panel(fit(question, 3), enlarge(picture), truth)])
         seen = {}
         for name, vlm in models.items():
-            if heads:
-                at = heads[name]
-                seen[name] = on_patches(vlm, answer_maps(vlm, [(picture, question)])[at.layer, at.head, 0])
-            else:
-                seen[name] = question_attention(vlm, picture, question, which, name == "teacher")
+            seen[name] = question_attention(vlm, picture, question, which, name == "teacher")
         shares = {name: grid / max(grid.sum(), 1e-12) for name, grid in seen.items()}
         for name, vlm in models.items():
             said = vlm.answer(picture, question, max_new_tokens=16)
-            where = f"\nlayer {heads[name].layer}, head {heads[name].head}" if heads else ""
             right = None if answer is None else said == answer
             below = said if right is None else f"{said}: {'right' if right else 'wrong'}"
             short = name if len(name) <= 24 else f"...{name[-21:]}"  # folders differ at their ends
-            above = f"{short}{where}\n{100 * seen[name].sum():.0f} % on the picture"
+            above = f"{short}\n{100 * seen[name].sum():.0f} % on the picture"
             image = heat(picture, shares[name], max(map(np.max, shares.values())))
             rows[-1].append(Panel(above, image, fit(below, 2), right))
             drawn.append((path, question, name, seen[name]))
@@ -258,7 +214,7 @@ def sheet(rows: list[list[Panel]], file: Path) -> None:
         return "\n".join(within(line, font, room) for line in text.split("\n"))
 
     def height(texts: Iterable[str]) -> int:
-        return LINE * max(text.count("\n") + bool(text) for text in texts)
+        return LINE * max(text.count("\n") + bool(text) for text in texts) + 4
 
     heads = [height(panel.above for panel in row) for row in rows]
     feet = [height(panel.below for panel in row) for row in rows]

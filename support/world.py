@@ -347,12 +347,3 @@ def tiny_captions(world: Path) -> dict[str, list[tuple[Path, str, str]]]:
         ]
         for kind in PICTURED
     }
-
-
-def asked_places(world: Path, limit: int = 300) -> list[tuple[Path, str, int]]:
-    """(picture, question, patch of the asked object) of the test's "where" questions: the answer says it."""
-    cells = {cell_name((column, row)): row * GRID + column for column in range(GRID) for row in range(GRID)}
-    items, _ = tiny_items(world, limit)
-    if outside := [answer for *_, answer in items["where"] if answer not in cells]:
-        raise BadInput(f"{world / 'test/recognition.json'}: {outside[0]!r} is no place; remove {world}")
-    return [(*asked, cells[answer]) for *asked, answer in items["where"]]

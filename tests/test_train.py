@@ -669,7 +669,7 @@ def test_main_job(tmp_path):
     table = (out / "results.md").read_text()
     assert table in text and all(f"| {name} |" in table for name in scores)
     code, text = run("-m", "tiny", "--steps", 400, "--out", out)
-    assert code == 0 and "finished already" in text and table.splitlines()[-3] in text
+    assert code == 0 and "finished already" in text and table in text
     code, text = run("-m", "tiny", "--steps", 400, "--out", out, "--seed", 1)
     assert code == 1 and "has students of --seed 0 --steps 400; choose another --out" in text
     points = list(csv.DictReader((out / "curves.csv").read_text().splitlines()))

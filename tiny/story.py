@@ -258,7 +258,7 @@ def report(
         "*% of pairs right; the rest in points. A mean mixes one map into all heads: a student's own head "
         "mean shows what that alone does, the teacher's map for another picture what a wrong place does.*",
         "## For the eye",
-        figure("picture", "Where the words of a question look (bright = much attention), and answers."),
+        figure("picture", "Where the answering position looks (bright = much attention), and answers."),
     ]
     return "\n\n".join(part for part in parts if part)
 

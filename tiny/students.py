@@ -18,11 +18,11 @@ import model
 import train
 from evals import figures
 from evals.analyses import tiny_cases
-from evals.pictures import MADE, Head, attention_picture, question_head
+from evals.pictures import MADE, attention_picture
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line, told
 from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
-from support.world import COMPOSITION, asked_places, make_world, tiny_items
+from support.world import COMPOSITION, make_world, tiny_items
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
 from training.log import step_of
@@ -70,7 +70,6 @@ def train_students(args: argparse.Namespace) -> None:
     teacher, world = model.load(args.teacher), make_world(args.out / "world")
     print(f"tiny world: {world}")
     tiny_items(world)
-    asked = asked_places(world)
     if not (world / "val.json").exists():
         raise BadInput(f"{world} is of an earlier version; choose another --out")
     run_students(args, steps)
@@ -79,25 +78,13 @@ def train_students(args: argparse.Namespace) -> None:
         rows[name] = scores_in(args.out / name / "scores.json")
     text = table(rows)
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
-    heads = {name: question_head(vlm, asked) for name, vlm in models.items()}
-    cases = tiny_cases(models, args.out / "world")
-    attention_picture(models, cases, args.out / "attention.png", heads=heads)
-    text += f"\n\n{legend(heads, len(asked))}"
+    attention_picture(models, tiny_cases(models, world), args.out / "attention.png")
     write_curves(args.out)
     write_atomically(args.out / "results.md", text + "\n")
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1))
     minutes = (time.time() - started) / 60
     files = "results.md, results.json, attention.png, curves.csv" + ", curves.png" * draw_curves(args.out)
     print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
-
-
-def legend(heads: dict[str, Head], number: int) -> str:
-    """What attention.png shows of each model."""
-    each = ", ".join(f"{name} {at.hits:.0f} %" for name, at in heads.items())
-    return (
-        "attention.png: where the answering position looks, in the head of each model whose brightest patch "
-        f'is most often the asked object, over {number} "where" questions: {each}'
-    )
 
 
 def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
