@@ -256,8 +256,6 @@ class Variant:
             choose = distill.choose_layers
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
         ours = ["--tune", tune, "--precision", precision, *([] if straightforward else flags)]
-        if "none" not in ours:  # L = L_LM + L_KL + L_ADL, as the straightforward way has it
-            ours += ["--vat-weight", "1"]
         args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *ours])
         c = recipes.configure("2", args, ranks=1)
         if straightforward:

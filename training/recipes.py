@@ -27,7 +27,7 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
         "0a": dict(steps=300, lr=2e-3),
         "0b": dict(steps=8000, lr=1.5e-3, batch_size=16),
         "1": dict(steps=200, lr=2e-3, batch_size=8),
-        "2": dict(steps=5000, lr=1.5e-3, batch_size=4, vat_times=10.0),
+        "2": dict(steps=3000, lr=1.5e-3, batch_size=8),
         "3": dict(steps=100, lr=5e-4, batch_size=16),
     },
     "paper": {
@@ -270,8 +270,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
     add("--vat-loss", choices=["none", *DISTANCES], help="VAT, visual attention alignment: the distance of "
         "two maps, in stage 2")
-    add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2 "
-        "(default: the method's, in the recipe tiny 10 times that)")
+    add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
@@ -361,8 +360,6 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
         parser.error(f"{flags}: nothing is aligned without an attention loss; give --vat-loss, too")
     if args.vat_weight is not None:
         second["adl"] = args.vat_weight
-    elif "adl" in second:
-        second["adl"] *= RECIPES[args.recipe]["2"].get("vat_times", 1.0)
     if args.vat_loss == "none":
         second.pop("adl", None)
     weights = {**method.weights, "1": first, "2": second}
