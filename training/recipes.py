@@ -122,9 +122,8 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     if args.recipe == "paper" and args.tune == "full" and stage in ("0b", "2", "3"):
         recipe["lr"] = FULL_LR
     values = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
-    if (
-        args.batch_size is None and values["global_batch"] is None
-    ):  # the tiny recipe's is that of all ranks, as far as they divide it
+    # the tiny recipe's batch is that of all ranks, as far as they divide it
+    if args.batch_size is None and values["global_batch"] is None:
         values["batch_size"] = max(1, values["batch_size"] // ranks)
     per_pass = ranks * values["batch_size"]
     if values["accumulation"] is None:
