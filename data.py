@@ -215,6 +215,9 @@ class NothingToLearn(BadInput):
     """A record of which no token is supervised."""
 
 
+KEPT = 1 << 28  # bytes of prepared samples that a rank keeps of one data set
+
+
 class LlavaDataset(torch.utils.data.Dataset):
     """LLaVA files, records {"id", "image" or none, "conversations"} -> samples for collate.
 

@@ -338,9 +338,6 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
     return dataset
 
 
-KEPT = 1 << 28  # bytes of prepared samples that a rank keeps
-
-
 def open_batches(
     c: Config, dataset: data.LlavaDataset, steps: int, start: int, device: str
 ) -> Iterator[dict]:
@@ -349,7 +346,7 @@ def open_batches(
     lengths = dataset.lengths if c.group_by_length else None
     samples, size = len(dataset), c.batch_size
     if (steps - start) * c.global_batch >= samples + c.global_batch:  # more than an epoch: what fits is kept
-        dataset.room = KEPT // max(1, c.workers)
+        dataset.room = data.KEPT // max(1, c.workers)
     order = data.batches_of(samples, steps, c.accumulation, size, rank, ranks, c.seed, start, lengths)
     return batches_made(dataset.batch, order, c.workers, pin=device != "cpu")
 

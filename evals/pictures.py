@@ -10,7 +10,6 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import data
 import distill
 import lean
 import model
-from evals.scorers import Ask, batches, of_all, prompt, write
+from evals.scorers import Ask, batches, prompt, replies
 from support.errors import BadInput, one_line
 
 
@@ -54,11 +53,6 @@ def contested(models: dict[str, model.VLM], captions: dict[str, list[Case]]) -> 
         apart = [case for case, *ours in zip(cases, *right.values()) if ours == [True, False]]
         chosen.append((apart or cases)[0])
     return chosen
-
-
-def replies(vlm: model.VLM, asks: list[Ask], words: int = 4) -> list[str]:
-    """Greedy answers, of at most so many tokens."""
-    return of_all(vlm, asks, partial(write, max_new_tokens=words))
 
 
 @torch.no_grad()

@@ -218,3 +218,8 @@ def of_all(vlm: model.VLM, asks: list[Ask], score: Callable, size: int = BATCH) 
         for i, result in zip(chunk, score(vlm, batch)):
             results[i] = result
     return results
+
+
+def replies(vlm: model.VLM, asks: Sequence[Ask]) -> list[str]:
+    """Greedy answers of at most four tokens: yes or no, a word, a place."""
+    return of_all(vlm, asks, partial(write, max_new_tokens=4))

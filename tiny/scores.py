@@ -15,8 +15,7 @@ import lean
 from distill import METHODS, Method
 from evals import scorers
 from evals.benchmarks import markdown
-from evals.pictures import replies
-from evals.scorers import Ask
+from evals.scorers import Ask, replies
 from model import VLM, finite
 from support.world import COMPOSITION, RECOGNITION, caption_question, tiny_items
 

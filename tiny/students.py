@@ -73,7 +73,7 @@ def train_students(args: argparse.Namespace) -> None:
     if not (world / "val.json").exists():
         raise BadInput(f"{world} is of an earlier version; choose another --out")
     run_students(args, steps)
-    rows = {"teacher": tiny_scores(teacher, args.out / "world")}
+    rows = {"teacher": tiny_scores(teacher, world)}
     for name in STUDENTS:
         rows[name] = scores_in(args.out / name / "scores.json")
     text = table(rows)

@@ -12,8 +12,6 @@ from support.errors import BadInput
 from support.ranks import all_reduce, rank_and_ranks
 from training.recipes import Config
 
-KEPT = 1 << 28  # bytes of held-out samples that a rank keeps, as they were made
-
 
 def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDataset | None:
     """The held-out records, read as those that are trained on; None where there are none."""
@@ -36,7 +34,7 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         trained_on.max_length,
         only_pictures=c.stage in ("0a", "1"),
     )
-    held_out.room = KEPT
+    held_out.room = data.KEPT
     for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
         held_out[i]
     return held_out
