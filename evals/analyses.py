@@ -48,7 +48,7 @@ from qwen import probabilities
 from support.errors import BadInput, one_line
 from support.files import whole_folder
 from support.program import number
-from support.world import TINY, caption_question, make_world, tiny_captions, tiny_items
+from support.world import TINY, caption_question, make_world, tiny_items
 
 PLAIN, ALIGNED = ("sft", "kd"), ("compodistill", "compodistill-rows")  # what `python -m tiny` trains
 WAYS = {  # of the intervention: whose head-mean maps stand in for visual attention, and their share
@@ -493,14 +493,6 @@ def intervention_rows(intervened: dict, pairs: list[Question]) -> list[dict]:
 FAMILIES = ("Swap", "Replace", "Add")
 
 
-def tiny_cases(models: dict[str, model.VLM], world: Path) -> list[pictures.Case]:
-    """The captions of the tiny world that are drawn: of three kinds, see pictures.contested."""
-    captions = tiny_captions(world).items()
-    return pictures.contested(
-        models, {kind: [pictures.Case(*item) for item in own] for kind, own in captions}
-    )
-
-
 def picture_rows(drawn: list[tuple[Path, str, str, np.ndarray]]) -> list[dict]:
     """Analysis 5: attention on each patch, of all that pictures.attention_picture has drawn."""
     rows = []
@@ -688,6 +680,6 @@ def run(args: argparse.Namespace) -> None:
         method = replace(PAPER, layers=args.layers)
         models = load_models(args.teacher, students, method)
         if "picture" in args.which and not cases:
-            cases = tiny_cases(models, world)
+            cases = pictures.tiny_cases(models, world)
         analyse(models, questions, cases, args.which, folder, args.batch_size, method)
     print(f"{missing}\n{one_line(args.out)}".strip())

@@ -138,8 +138,8 @@ def training_panels(figure, rows: list[dict]) -> None:
         if column == "compositional":
             axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
         for name in names:
-            own = [row for row in rows if row["student"] == name and row[column] != ""]
-            x, y = ([float(row[key]) for row in own] for key in ("step", column))
+            own = [row for row in rows if row["student"] == name and column in row]
+            x, y = ([row[key] for row in own] for key in ("step", column))
             colour, marker = styles(names)[name]
             axes.plot(x, y, color=colour, marker=marker, ms=5, lw=1.4, label=name if own else None)
         axes.set_title(title, fontsize=10)

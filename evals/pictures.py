@@ -3,7 +3,7 @@
 Shown is the answering position, which predicts the first word of the answer: of the rows that VAT aligns the
 one in which the question shows best (README).
 
-Shapes: R text rows, P visual tokens.
+Shapes: P visual tokens.
 """
 
 import re
@@ -25,6 +25,7 @@ import lean
 import model
 from evals.scorers import Ask, batches, prompt, replies
 from support.errors import BadInput, one_line
+from support.world import caption_question, tiny_items
 
 
 class Case(NamedTuple):
@@ -35,13 +36,18 @@ class Case(NamedTuple):
     answer: str | None = None
 
 
-def contested(models: dict[str, model.VLM], captions: dict[str, list[Case]]) -> list[Case]:
-    """Of each kind the first caption that "teacher" judges rightly and "kd" wrongly, or else the first.
-
-    Each of another picture, where there is one.
+def tiny_cases(models: dict[str, model.VLM], world: Path) -> list[Case]:
+    """The captions of the tiny world that are drawn: the first of three kinds that "teacher" judges rightly
+    and "kd" wrongly, or else the first, of 100 pairs; each of another picture, where there is one.
     """
+    _, pairs = tiny_items(world, 100)
     chosen = []
-    for cases in captions.values():
+    for kind in ("swap_obj", "replace_rel", "swap_att"):
+        cases = [
+            Case(picture, caption_question(caption), answer)
+            for picture, true, wrong in pairs[kind]
+            for caption, answer in ((true, "yes"), (wrong, "no"))
+        ]
         shown = [case.picture for case in chosen]
         cases = [case for case in cases if case.picture not in shown] or cases
         asks = [Ask(case.picture, case.question) for case in cases]
@@ -68,11 +74,13 @@ def question_attention(
     Mean over heads and layers: `which`, as distill.choose_layers has them.
     """
     (batch,) = batches([prompt(vlm, picture, question)], vlm.device)
-    attend, _ = lean.visual_attention_of(batch, "text")
+    T = batch["input_ids"].shape[1]
+    attend = lean.VisualAttention(slice(T - 1, T), batch["visual_columns"])
     layers = distill.choose_layers(which, vlm.config.text.num_hidden_layers, teacher)
     inputs = batch["input_ids"], batch["pixel_values"]
     out = vlm(*inputs, attention=dict.fromkeys(layers, attend), logits=False)
-    return on_patches(vlm, torch.cat(list(out.attentions.values()))[:, -1].mean(0))  # k of (1,R,P) -> (P,)
+    maps = torch.cat(list(out.attentions.values()))  # (k,1,P)
+    return on_patches(vlm, maps.mean((0, 1)))
 
 
 def on_patches(vlm: model.VLM, attention: Tensor) -> np.ndarray:

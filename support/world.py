@@ -331,19 +331,3 @@ def tiny_items(world: Path, limit: int | None = None) -> tuple[dict, dict]:
         read(kind, dict, composition, "filename", "caption", "negative_caption")
     recognition = {kind: rows[:limit] for kind, rows in recognition.items()}
     return recognition, {kind: rows[:limit] for kind, rows in composition.items()}
-
-
-PICTURED = ("swap_obj", "replace_rel", "swap_att")
-
-
-def tiny_captions(world: Path) -> dict[str, list[tuple[Path, str, str]]]:
-    """By kind, of three kinds: (picture, question, right answer) of both captions of 100 pairs."""
-    _, composition = tiny_items(world, 100)
-    return {
-        kind: [
-            (picture, caption_question(caption), answer)
-            for picture, true, wrong in composition[kind]
-            for caption, answer in ((true, "yes"), (wrong, "no"))
-        ]
-        for kind in PICTURED
-    }

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import model
 from evals import answers, benchmarks, pictures, scorers
-from evals.analyses import tiny_cases
+from evals.pictures import tiny_cases
 from helpers import in_full
 from support.errors import BadInput
 from support.world import COMPOSITION, RECOGNITION, TINY, make_world, tiny_items

@@ -688,6 +688,38 @@ def test_sigterm_to_the_main_job_saves(tmp_path):
     assert list(tmp_path.glob("*/stage?.run/step-*/state.json"))
 
 
+@pytest.mark.slow
+def test_a_killed_main_job_goes_on_to_the_same_files(tmp_path):
+    """kill -9, twice, in the middle of stage 2; points that are reached again are those that were there."""
+    outs = tmp_path / "whole", tmp_path / "killed"
+
+    def job(out):
+        return started("-m", "tiny", "--out", out, "--steps", 40)
+
+    def points(out):
+        return sum(file.read_text().count('"compositional"') for file in out.glob("*/curve.json"))
+
+    for out in outs:
+        world.make_world(out / "world", tune=200, pretrain=40, per_kind=8)
+    for least in (3, 25):
+        process, limit = job(outs[1]), time.time() + 120
+        while points(outs[1]) < least:
+            assert process.poll() is None and time.time() < limit
+            time.sleep(0.05)
+        process.kill()
+        process.communicate()
+        time.sleep(1)  # its students end soon after it
+        assert points(outs[1]) >= least
+    for out in outs:
+        code, text = ended(job(out), out, limit=120)
+        assert code == 0, text
+    for name in ("curves.csv", "results.json", "results.md", "attention.png"):
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes(), name
+    for name in students.STUDENTS:
+        one, other = (load(out / name / "stage3/model.safetensors") for out in outs)
+        assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
 # ---------------------------------------------------------------- ranks
 
 DISAGREE = """

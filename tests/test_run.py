@@ -25,7 +25,7 @@ import data
 import distill
 import model
 import train
-from helpers import config
+from helpers import config, same_weights
 from support.errors import BadInput
 from support.world import TINY, make_world
 from training import recipes, resume
@@ -650,10 +650,7 @@ def close_run(one, other):
     for a, b in zip(rows(one), rows(other), strict=True):
         for key in LOSSES:
             assert a[key] == pytest.approx(b[key], abs=1e-5, rel=1e-4 if key == "grad_norm" else 1e-5), key
-    ours, theirs = (load_file(out / "x/stage2/model.safetensors") for out in (one, other))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-5, msg=name)
+    same_weights(*(load_file(out / "x/stage2/model.safetensors") for out in (one, other)))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import data
 import model
 import train
 from distill import METHODS, loss_counts
-from helpers import config, in_full
+from helpers import config, in_full, same_weights
 from support.errors import BadInput
 from support.world import COMPOSITION, TINY, make_world
 from tiny.__main__ import main as tiny
@@ -30,15 +30,7 @@ from training import recipes
 from training.models import check_pair, load_models
 
 ROOT = Path(train.__file__).parent
-# So small because the gradient of a key's bias is almost 0 (softmax does not see a shift of all scores) and
-# Adam makes steps of full size from its rounding: only there do runs differ by more than 1e-6 in ten steps.
-LR = 1e-4
-
-
-def same_weights(ours, theirs):
-    for name in ours:
-        atol = 1e-4 if name.endswith("k_proj.bias") else 1e-5
-        torch.testing.assert_close(ours[name], theirs[name], atol=atol, rtol=1e-5, msg=name)
+LR = 1e-4  # so small because of helpers.same_weights
 
 
 @pytest.fixture(scope="module")

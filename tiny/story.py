@@ -27,13 +27,13 @@ from evals.analyses import (
     output_folder,
     pair_hits,
     resamples,
-    tiny_cases,
     understanding_cosine,
     world_questions,
     write_rows,
 )
 from evals.benchmarks import markdown
 from evals.figures import FIGURES, NO_PLOTS
+from evals.pictures import tiny_cases
 from support.errors import one_line
 from support.world import make_world
 from tiny.scores import exact_answers

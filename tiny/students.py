@@ -17,11 +17,10 @@ from tqdm import tqdm
 import model
 import train
 from evals import figures
-from evals.analyses import tiny_cases
-from evals.pictures import MADE, attention_picture
+from evals.pictures import MADE, attention_picture, tiny_cases
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line, told
-from support.files import check_output, check_writable, field, read_json, read_text, write_atomically
+from support.files import check_output, check_writable, field, read_json, write_atomically
 from support.world import COMPOSITION, make_world, tiny_items
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
@@ -59,7 +58,6 @@ def train_students(args: argparse.Namespace) -> None:
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
         if not (args.out / "curves.png").exists():
             write_curves(args.out)
-            draw_curves(args.out)
         return
     check_writable(args.out)
     check_output(args.out / "results.md", b"| ")
@@ -79,11 +77,11 @@ def train_students(args: argparse.Namespace) -> None:
     text = table(rows)
     models = {"teacher": teacher} | {name: model.load(args.out / name / "stage3") for name in STUDENTS}
     attention_picture(models, tiny_cases(models, world), args.out / "attention.png")
-    write_curves(args.out)
+    curves = write_curves(args.out)
     write_atomically(args.out / "results.md", text + "\n")
     write_atomically(args.out / "results.json", json.dumps(rows, indent=1))
     minutes = (time.time() - started) / 60
-    files = "results.md, results.json, attention.png, curves.csv" + ", curves.png" * draw_curves(args.out)
+    files = ", ".join(["results.md", "results.json", "attention.png", *curves])
     print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
 
 
@@ -171,10 +169,11 @@ def add_point(out: Path, name: str, step: int, student: model.VLM) -> None:
     write_atomically(file, json.dumps(points | {str(step): scores}, indent=1))
 
 
-def write_curves(out: Path) -> None:
-    """curves.csv: per student and step its scores on a few items, and its losses on the held-out records.
+def write_curves(out: Path) -> list[str]:
+    """curves.csv and curves.png -> which of them: without matplotlib there is no picture, but a sentence.
 
-    Of a student that train.py has made there are none.
+    Per student and step its scores on a few items, and its losses on the held-out records. Of a student that
+    train.py has made there are none.
     """
     rows, losses = [], ("lm", "kl", "adl")
     for name in STUDENTS:
@@ -196,16 +195,13 @@ def write_curves(out: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / "curves.csv", text.getvalue())
-
-
-def draw_curves(out: Path) -> bool:
-    """curves.png from curves.csv; False, and a sentence, where there is no matplotlib."""
-    rows = list(csv.DictReader(read_text(out / "curves.csv").splitlines()))
+    if not rows:
+        return ["curves.csv"]
     title = "Stage 2: scores on a few test items, losses on held-out records"
-    if rows and figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
-        return True
+    if figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
+        return ["curves.csv", "curves.png"]
     print('curves.png needs matplotlib (the extra "plots"): install it, and give the same command again')
-    return False
+    return ["curves.csv"]
 
 
 def end_with(parent: int) -> None:
