@@ -131,7 +131,7 @@ def training_panels(figure, rows: list[dict]) -> None:
         "recognition": "recognition, % right",
         "compositional": "compositional, % right",
         "lm": "L_LM",
-        "adl": "L_ADL",
+        "adl": "L_ADL, each by its own distance",
     }
     names = list(dict.fromkeys(row["student"] for row in rows))
     for axes, (column, title) in zip(figure.subplots(2, 2, sharex=True).flat, titles.items()):

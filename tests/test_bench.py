@@ -1,6 +1,7 @@
 """bench/: the FLOPs that MFU divides by, the parts of gpu.py, and the tables made of its rows."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -13,9 +14,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import gpu_report
+import model
+from bench import gpu_report, view
 from bench.step import SHAPES, Variant, attention, matmuls, trained
+from evals.pictures import question_attention
 from support.ranks import is_running
+from support.world import TINY, draw
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,6 +48,17 @@ def test_the_straightforward_way_trains_the_same_and_computes_the_same(tune):
     ours, *others = [variant.step()["losses"] for variant in variants]
     for losses in others:
         assert losses == pytest.approx(ours, rel=1e-5)
+
+
+def test_the_rows_that_are_compared_are_those_of_the_pictures():
+    """Another way to the map of the answering position; the object is the one in the question."""
+    teacher, rng = model.load(TINY / "teacher"), random.Random(1)
+    for kind, say in {"colour": "What colour is the {1}?", "where": "Where is the {0} {1}?"}.items():
+        scene, question, thing = view.asked(kind, rng)
+        assert question == say.format(*thing) and thing in scene
+        maps = view.rows_of(teacher, scene, question, thing)["answering position"]
+        seen = question_attention(teacher, draw(scene), question)
+        assert maps[2:5].mean((0, 1)).numpy() == pytest.approx(seen.ravel(), abs=1e-6)
 
 
 # ---------------------------------------------------------------- gpu.py

@@ -172,8 +172,8 @@ def add_point(out: Path, name: str, step: int, student: model.VLM) -> None:
 def write_curves(out: Path) -> list[str]:
     """curves.csv and curves.png -> which of them: without matplotlib there is no picture, but a sentence.
 
-    Per student and step its scores on a few items, and its losses on the held-out records. Of a student that
-    train.py has made there are none.
+    Per student and step its scores on a few items, and its losses on the held-out records. Of students that
+    train.py has made there are none, and no files.
     """
     rows, losses = [], ("lm", "kl", "adl")
     for name in STUDENTS:
@@ -190,13 +190,13 @@ def write_curves(out: Path) -> list[str]:
             for term in terms:
                 field(row, f"val_{term}", float, f"{log}, step {at}")
             rows.append({"student": name, "step": int(at), **scores, **terms})
+    if not rows:
+        return []
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, ["student", "step", *CURVES, *losses], restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(out / "curves.csv", text.getvalue())
-    if not rows:
-        return ["curves.csv"]
     title = "Stage 2: scores on a few test items, losses on held-out records"
     if figures.draw(out / "curves.png", figures.training_panels, (9, 6.5), title, rows):
         return ["curves.csv", "curves.png"]
