@@ -10,6 +10,7 @@ answering position, the mean of all text rows, the row of the object's last word
 import argparse
 import random
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,9 @@ def asked(kind: str, rng: random.Random) -> tuple[world.Scene, str, world.Kind]:
         if made is None or made == (made[0], "no"):
             continue
         words = made[0].rstrip("?").split()
-        named = [a for a in scene if a[1] in words or (kind == "shape" and a[0] in words)]
-        named = [a for a in named if kind in ("colour", "shape") or a[0] in words]
-        if len(named) == 1:
-            return scene, made[0], named[0]
+        for colour, shape in scene:  # the question names both, but for the one that it asks for
+            if (kind == "colour" or colour in words) and (kind == "shape" or shape in words):
+                return scene, made[0], (colour, shape)
 
 
 @torch.no_grad()
@@ -49,9 +49,8 @@ def rows_of(vlm: model.VLM, scene: world.Scene, question: str, thing: world.Kind
     (batch,) = batches([prompt(vlm, world.draw(scene), question)], vlm.device)
     ids, columns, layers = batch["input_ids"], batch["visual_columns"], vlm.config.text.num_hidden_layers
     asked_for = dict.fromkeys(range(layers), explicit_attention)
-    heads = torch.cat(
-        list(vlm(ids, batch["pixel_values"], attention=asked_for, logits=False).attentions.values())
-    )
+    out = vlm(ids, batch["pixel_values"], attention=asked_for, logits=False)
+    heads = torch.cat(list(out.attentions.values()))  # (layers,H,T,S)
     maps = torch.stack([distill.visual_map(A[:, None], columns.expand(len(A), -1)) for A in heads])
     words = [vlm.tokenizer.decode([i]).strip() if i >= 0 else "" for i in ids[0].tolist()]
     word = max(i for i, text in enumerate(words) if text in thing)
@@ -63,6 +62,33 @@ def rows_of(vlm: model.VLM, scene: world.Scene, question: str, thing: world.Kind
     }
 
 
+def views_of(vlm: model.VLM, single: bool) -> dict[str, tuple[slice | list[int], slice]]:
+    """{name: (layers, heads)}, over which a mean is taken."""
+    depth, H, every = vlm.config.text.num_hidden_layers, vlm.config.text.num_attention_heads, slice(None)
+    views = {
+        "understanding layers": (distill.understanding_layers(depth), every),
+        "all layers": (every, every),
+    }
+    if single:
+        views |= {f"layer {i}": ([i], every) for i in range(depth)}
+        views |= {f"layer {i}, head {h}": ([i], slice(h, h + 1)) for i in range(depth) for h in range(H)}
+    return views
+
+
+def hits(vlm: model.VLM, kind: str, scenes: int, views: dict, rng: random.Random) -> dict[tuple, np.ndarray]:
+    """{(row, view): (how often the brightest patch is the object, the object's mean share)}."""
+    found = defaultdict(list)
+    for _ in range(scenes):
+        scene, question, thing = asked(kind, rng)
+        x, y = scene[thing]
+        patch = y * world.GRID + x
+        for row, maps in rows_of(vlm, scene, question, thing).items():
+            for view, (layers, heads) in views.items():
+                seen = maps[layers][:, heads].mean((0, 1))  # (P,)
+                found[row, view].append((float(seen.argmax() == patch), float(seen[patch] / seen.sum())))
+    return {where: np.mean(pairs, 0) for where, pairs in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -72,30 +98,17 @@ def main() -> None:
     add("--scenes", type=number(int, 1), default=60, help="of each kind of question (default: %(default)s)")
     add("--single", action="store_true", help="single layers and heads, too")
     with one_sentence():
-        args = parse(parser, None)
+        args = parse(parser)
         lines = []
         for name in args.model:
-            vlm, rng, found = load(name), random.Random(5), {}
-            depth, H = vlm.config.text.num_hidden_layers, vlm.config.text.num_attention_heads
-            which = distill.understanding_layers(depth)
-            views = {"understanding layers": (which, range(H)), "all layers": (range(depth), range(H))}
-            if args.single:
-                views |= {f"layer {i}": ([i], range(H)) for i in range(depth)}
-                views |= {f"layer {i}, head {h}": ([i], [h]) for i in range(depth) for h in range(H)}
-            for kind in KINDS:
-                for _ in range(args.scenes):
-                    scene, question, thing = asked(kind, rng)
-                    x, y = scene[thing]
-                    patch = y * world.GRID + x
-                    for where, maps in rows_of(vlm, scene, question, thing).items():
-                        for view, (layers, heads) in views.items():
-                            seen = maps[list(layers)][:, list(heads)].mean((0, 1))  # (P,)
-                            hit, share = float(seen.argmax() == patch), float(seen[patch] / seen.sum())
-                            found.setdefault((where, view), {}).setdefault(kind, []).append((hit, share))
-            for (where, view), kinds in found.items():
-                means = [np.mean(kinds[kind], 0) for kind in KINDS]
-                row = [f"{100 * hit:.0f} % ({share:.2f})" for hit, share in means]
-                lines.append([name, where, view, *row, f"{100 * np.mean([hit for hit, _ in means]):.0f} %"])
+            vlm, rng = load(name), random.Random(5)  # the same scenes for every model
+            views = views_of(vlm, args.single)
+            kinds = [hits(vlm, kind, args.scenes, views, rng) for kind in KINDS]
+            for where in kinds[0]:
+                cells = [f"{100 * hit:.0f} % ({share:.2f})" for hit, share in (kind[where] for kind in kinds)]
+                lines.append(
+                    [name, *where, *cells, f"{100 * np.mean([kind[where][0] for kind in kinds]):.0f} %"]
+                )
         print(markdown(["model", "row", "mean over", *KINDS, "all"], lines))
 
 
