@@ -2,9 +2,11 @@
 
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -12,6 +14,7 @@ from support.errors import BadInput, told
 
 WAIT = 600  # seconds for one batch; then shared memory or the disk is at fault
 AHEAD = 4  # batches that each worker prepares ahead
+PAUSE = 0.1  # seconds before workers are forked
 
 
 def batches_made(make: Callable[[Any], Any], keys: Iterable, workers: int, pin: bool = False) -> Iterator:
@@ -19,6 +22,10 @@ def batches_made(make: Callable[[Any], Any], keys: Iterable, workers: int, pin: 
 
     BadInput, as `make` raises it, whichever process it is in, or in words for an error of the machine.
     """
+    if workers and dist.is_initialized():
+        # A thread that has just passed on a message to other ranks may hold a lock of Python; before 3.12 a
+        # worker that is forked in this moment waits for it for ever.
+        time.sleep(PAUSE)
     loader = DataLoader(
         Making(make),
         batch_size=None,

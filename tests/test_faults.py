@@ -134,6 +134,27 @@ def test_a_worker_that_is_killed(monkeypatch):
     assert not program.multiprocessing.active_children()
 
 
+MANY_FORKS = """
+from support.loading import batches_made
+from support.ranks import agree, ranks_of_torchrun
+
+with ranks_of_torchrun("gloo"):
+    for i in range(150):
+        agree({"i": i})
+        assert next(batches_made(str, [i], 1)) == str(i)
+print("all came")
+"""
+
+
+@pytest.mark.slow
+def test_workers_that_are_forked_right_after_a_message(tmp_path):
+    """In Python 3.11 one of some 80 was forked holding a lock, and waited for it for ever."""
+    (tmp_path / "many.py").write_text(MANY_FORKS)
+    process = started(tmp_path / "many.py", ranks=2)
+    status, text = ended(process, tmp_path, limit=120)
+    assert status == 0 and text.count("all came") == 2, text
+
+
 def test_bench_says_that_it_goes_on_after_a_worker_was_killed(small, tmp_path, monkeypatch):
     where = ["--annotations", small / "test", "--images", small / "images", "--workers", 1]
     where += ["--model", ROOT / "tiny/teacher", "--answers", tmp_path / "a.jsonl", "--batch-size", 2]
