@@ -158,11 +158,17 @@ def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
 def collate(samples: list[dict]) -> dict:
     """Samples {"input_ids", "labels", "pixel_values" (3,S,S) or absent} -> batch, padded on the right.
 
+    Samples of pairs have "rejected" besides, another such sample of the same picture: the batch then has
+    twice as many rows, first the chosen answers, then the rejected ones, and each picture once.
+
     input_ids, labels (B,T), attention_mask (B,T) bool, pixel_values (N,3,S,S) or None, has_image (B,) bool,
     visual_columns (B,P): where in its row each visual token of a sample stands (0 where it has no picture);
-    ids: the samples' "id" (None where there is none), replaced: the sentences of all samples, in one list;
-    cut, mended: of how many samples it is said.
+    pairs: whether its rows are pairs; ids: the samples' "id" (None where there is none), replaced: the
+    sentences of all samples, in one list; cut, mended: of how many rows it is said.
     """
+    pairs = "rejected" in samples[0]
+    pictures = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
+    samples = [*samples, *(sample["rejected"] for sample in samples)] if pairs else samples
     B, T = len(samples), max(len(sample["input_ids"]) for sample in samples)
     input_ids, labels = torch.zeros(B, T, dtype=torch.long), torch.full((B, T), IGNORE)
     attention_mask = torch.zeros(B, T, dtype=torch.bool)
@@ -172,7 +178,6 @@ def collate(samples: list[dict]) -> dict:
         labels[row, :length] = torch.as_tensor(sample["labels"])
         attention_mask[row, :length] = True
     placeholder = input_ids == IMAGE_TOKEN  # (B,T)
-    pictures = [sample["pixel_values"] for sample in samples if sample.get("pixel_values") is not None]
     has_image = placeholder.any(1)
     for sample, marked in zip(samples, has_image.tolist()):
         if marked != (sample.get("pixel_values") is not None):
@@ -193,7 +198,8 @@ def collate(samples: list[dict]) -> dict:
         "pixel_values": torch.stack(pictures) if pictures else None,
         "has_image": has_image,
         "visual_columns": visual_columns,
-        "ids": [sample.get("id") for sample in samples],
+        "pairs": pairs,
+        "ids": [sample.get("id") for sample in samples[: B // (1 + pairs)]],
         "replaced": [sentence for sample in samples for sentence in sample.get("replaced", [])],
         "cut": sum(sample.get("cut", False) for sample in samples),
         "mended": sum(sample.get("mended", False) for sample in samples),
@@ -231,6 +237,9 @@ class LlavaDataset(torch.utils.data.Dataset):
     left out. "replaced" of a sample lists what was passed over, in sentences; "cut" and "mended" say whether
     it was longer than max_length, and whether as_llava_reads changed it.
 
+    pairs: records have "chosen" and "rejected" in the place of "conversations", with the same questions, and
+    samples a second one, "rejected", with the same picture.
+
     room: bytes that samples may take which are kept as they were made, for the next epoch (default: none is).
     """
 
@@ -245,6 +254,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         max_length: int | None = None,
         skip_bad: bool = False,
         only_pictures: bool = False,
+        pairs: bool = False,
     ):
         files = [files] if isinstance(files, (str, Path)) else list(files)
         images = [images] if isinstance(images, (str, Path)) else list(images)
@@ -254,7 +264,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.images = [*map(Path, images)]
         self.tokenizer, self.template = tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
-        self.max_length, self.skip_bad = max_length, skip_bad
+        self.max_length, self.skip_bad, self.pairs = max_length, skip_bad, pairs
         self.room, self.kept = 0, {}
         if missing := [folder for folder in self.images if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
@@ -316,12 +326,29 @@ class LlavaDataset(torch.utils.data.Dataset):
 
     def sample(self, record: dict, images: Path) -> dict:
         """One record -> {"input_ids", "labels", "pixel_values" unless it is cut off, "cut", "mended"}."""
-        turns, image = as_llava_reads(record.get("conversations")), record.get("image")
+        image = record.get("image")
         if isinstance(image, list) and len(image) == 1:  # as LLaVA-OneVision's files have it
             image = image[0]
         if image and not isinstance(image, str):
             raise BadInput(f'"image" is {f"{image!r}":.60}, not the name of one picture')
-        ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
+        sample = self.text_of(record, "chosen" if self.pairs else "conversations", image)
+        if IMAGE_TOKEN in sample["input_ids"]:
+            sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
+        if self.pairs:
+            asked = [questions(record[name]) for name in ("chosen", "rejected")]
+            if asked[0] != asked[1]:
+                raise BadInput('"chosen" and "rejected" do not have the same questions')
+            sample["rejected"] = self.text_of(record, "rejected", image)
+            sample["rejected"] |= {name: sample[name] for name in ("pixel_values",) if name in sample}
+        return sample
+
+    def text_of(self, record: dict, name: str, image: str | None) -> dict:
+        """record[name], a conversation -> {"input_ids", "labels", "cut", "mended"}."""
+        turns = as_llava_reads(record.get(name))
+        try:
+            ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
+        except BadInput as error:
+            raise BadInput(f'"{name}": {error}' if self.pairs else str(error)) from None
         if (IMAGE_TOKEN in ids) != bool(image):
             raise BadInput(f"{IMAGE_MARK} in its text and a picture go together")
         cut_off = self.max_length is not None and len(ids) > self.max_length
@@ -329,15 +356,16 @@ class LlavaDataset(torch.utils.data.Dataset):
             ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
         if all(label == IGNORE for label in labels):
             raise NothingToLearn(f"nothing of an answer is within {self.max_length} tokens")
-        mended = turns is not record["conversations"]
-        sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": mended}
-        if IMAGE_TOKEN in ids:
-            sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
-        return sample
+        return {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": turns is not record[name]}
 
     def batch(self, indices: list[int]) -> dict:
         """The batch of these samples."""
         return collate([self[index] for index in indices])
+
+
+def questions(turns: list[dict]) -> list[str]:
+    """What is asked in a conversation."""
+    return [turn["value"] for turn in turns if turn["from"] == "human"]
 
 
 def as_llava_reads(turns: list[dict]) -> list[dict]:

@@ -352,7 +352,9 @@ def next_tokens(labels: Tensor) -> Tensor:
 class Method:
     """One row of the paper's tables, as a value."""
 
-    weights: Mapping[str, Mapping[str, float]]  # stage -> the terms of its loss, and their weights
+    weights: Mapping[
+        str, Mapping[str, float]
+    ]  # stages, in their order -> terms of the loss and their weights
     taf: bool = True  # the student fetches the teacher's adapter; else it has one of its own
     kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
     distance: str = "cosine"  # of two attention maps, one of DISTANCES (--vat-loss)
@@ -361,7 +363,9 @@ class Method:
     matching: str = "group"  # of student and teacher layers, one of MATCHINGS
 
 
-LOGIT_LOSSES = {"lm", "kl"}  # they read logits alone; any other may read attention maps
+# These read what the last layer gives alone, any other may read attention maps. All but lm and kl are of the
+# other systems of the paper's table, in rivals.py.
+OUTPUT_LOSSES = {"lm", "kl", "image_kl", "relation", "all_kl", "hidden", "aux", "preference"}
 
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
 LM_KL_ADL = {"lm": 1.0, "kl": 1.0, "adl": 1.0}

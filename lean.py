@@ -13,7 +13,7 @@ Shapes: B batch, T query tokens, S key tokens, R query rows asked for, P visual 
 width, V vocabulary, n answer tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -128,34 +128,46 @@ def answer_losses(
     student, teacher: final hidden states (B,T,C) and output matrix (V,C). Returns their weighted sum, divided
     by the totals, which alone has a gradient, and the terms.
     """
-    hidden, head = student
-    t_hidden, t_head = teacher or (None, None)
     targets = distill.next_tokens(labels)
     answers = targets != IGNORE  # where answers are predicted
     compared = answers if shifted else labels != IGNORE  # where L_KL stands
     lm_weight, kl_weight = weights.get("lm", 0.0), weights.get("kl", 0.0)
-
-    def losses(rows: Tensor, lm_weight: float, kl_weight: float):  # at rows (B,T) -> weighted sum, L_LM, L_KL
-        t = t_hidden[rows] if kl_weight else None
-        return _AnswerLosses.apply(hidden[rows], head, targets[rows], t, t_head, lm_weight, kl_weight)
-
     if (
         "lm" in weights and "kl" in weights and shifted
     ):  # same positions, same total: one pass over the logits
-        loss, lm, kl = losses(answers, lm_weight, kl_weight)
+        loss, lm, kl = logit_losses(student, teacher, answers, targets, lm_weight, kl_weight)
         count = answers.sum()
         return loss / totals["lm"].clamp(min=1), {"lm": Term(lm, count), "kl": Term(kl, count)}
-    loss, terms = hidden.new_zeros((), dtype=torch.float32), {}
+    loss, terms = student[0].new_zeros((), dtype=torch.float32), {}
     if "lm" in weights:
-        part, lm, _ = losses(answers, lm_weight, 0.0)
+        part, lm, _ = logit_losses(student, None, answers, targets, lm_weight)
         loss, terms["lm"] = loss + part / totals["lm"].clamp(min=1), Term(lm, answers.sum())
     if "kl" in weights:
-        part, _, kl = losses(compared, 0.0, kl_weight)
+        part, _, kl = logit_losses(student, teacher, compared, kl_weight=kl_weight)
         loss, terms["kl"] = loss + part / totals["kl"].clamp(min=1), Term(kl, compared.sum())
     return loss, terms
 
 
-class _AnswerLosses(torch.autograd.Function):
+def logit_losses(
+    student: tuple[Tensor, Tensor],
+    teacher: tuple[Tensor, Tensor] | None,
+    rows: Tensor,
+    targets: Tensor | None = None,
+    lm_weight: float = 0.0,
+    kl_weight: float = 1.0,
+    divergence: Callable[[Tensor, Tensor], Tensor] = distill.kl_divergence,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """At rows (B,T) the sums of L_LM and L_KL -> their weighted sum, which alone has a gradient, and both.
+
+    student, teacher: hidden states (B,T,C) and output matrix (V,C). targets (B,T): without them no L_LM,
+    without a teacher no L_KL. divergence: of logits (n,Vs) and (n,Vt), summed over the n rows.
+    """
+    (hidden, head), (t_hidden, t_head) = student, teacher or (None, None)
+    t_rows, targets = None if teacher is None else t_hidden[rows], None if targets is None else targets[rows]
+    return _LogitLosses.apply(hidden[rows], head, targets, t_rows, t_head, lm_weight, kl_weight, divergence)
+
+
+class _LogitLosses(torch.autograd.Function):
     """x (n,C), W (V,C) -> the losses of the logits s = xW^T, and in the same pass their gradients.
 
     With g = dL/ds, dL/dx = gW and dL/dW = g^T x. So each chunk of logits is used up, forward and backward,
@@ -164,7 +176,7 @@ class _AnswerLosses(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight):
+    def forward(ctx, x, weight, targets, teacher, teacher_weight, lm_weight, kl_weight, divergence_of):
         lm, kl = x.new_zeros(2, dtype=torch.float32)
         dx, w = torch.zeros_like(x), weight.to(x.dtype)
         teacher_w = None if teacher is None else teacher_weight.to(teacher.dtype)
@@ -174,10 +186,11 @@ class _AnswerLosses(torch.autograd.Function):
             rows = slice(i, i + step)
             s = F.linear(x[rows], w).requires_grad_()  # (step,V), a leaf: grad mode is off here
             with torch.enable_grad():
-                cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
-                divergence = torch.zeros_like(kl)
+                cross_entropy = divergence = torch.zeros_like(kl)
+                if targets is not None:
+                    cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
                 if teacher is not None:
-                    divergence = distill.kl_divergence(s, F.linear(teacher[rows], teacher_w))
+                    divergence = divergence_of(s, F.linear(teacher[rows], teacher_w))
                 (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
             lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
             dx[rows] = g @ w
@@ -193,7 +206,7 @@ class _AnswerLosses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream, *_):
         dx, dw = ctx.saved_tensors  # changed in place: their only use, and there is one backward pass
-        return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), None, None, None, None, None
+        return dx.mul_(upstream), None if dw is None else dw.mul_(upstream), *[None] * 6
 
 
 # ---------------------------------------------------------------- the whole method

@@ -5,7 +5,8 @@
 q, k and v have a bias, nothing else has; rotary positions; RMSNorm (root mean square norm); SwiGLU (a gated
 MLP); keys and values may be shared by groups of heads; the output head may be tied to the embedding. Left out
 on purpose: sliding windows (use_sliding_window is false in every Qwen1.5 checkpoint; true is an error), rope
-scaling, mixture of experts, dropout.
+scaling, dropout. With num_experts every other MLP is a mixture of experts (moe.py), which no Qwen1.5 is, but
+LLaVA-MoD's student.
 
 Every layer attends through a function of one signature, AttentionFunction. A caller who wants to see the
 attention of a layer gives that layer another one:
@@ -28,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+import moe
+
 
 @dataclass(frozen=True)
 class QwenConfig:
@@ -44,6 +47,7 @@ class QwenConfig:
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 32768
     hidden_act: str = "silu"
+    num_experts: int = 0  # of every other layer; 0: all are dense
 
 
 class Output(NamedTuple):
@@ -52,6 +56,7 @@ class Output(NamedTuple):
     hidden: Tensor  # (B,T,C), after the last norm: what the head reads
     logits: Tensor | None  # (B,T,V), or None where nobody asked for them
     attentions: dict[int, Tensor | None]  # of each layer in `attention` what its function returned
+    routing: dict[int, Tensor]  # of each layer with experts the router's shares, (B,T,E)
 
 
 # ---------------------------------------------------------------- attention
@@ -168,12 +173,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One block: attention, then the MLP, each on a normed input and added to what came in."""
 
-    def __init__(self, c: QwenConfig):
+    def __init__(self, c: QwenConfig, sparse: bool = False):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
+        if sparse:
+            self.mlp = moe.Experts([MLP(c) for _ in range(c.num_experts)], c.hidden_size)
 
     def forward(
         self,
@@ -182,11 +189,13 @@ class Layer(nn.Module):
         mask: Tensor | None,
         cache: list[Tensor] | None,
         attend: AttentionFunction,
-    ) -> tuple[Tensor, Tensor | None]:
-        """x (B,T,C) -> (B,T,C), and what `attend` returns of the attention."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """x (B,T,C) -> (B,T,C), what `attend` returns of the attention, and the router's shares (B,T,E)."""
         out, attention = self.self_attn(self.input_layernorm(x), rope, mask, cache, attend)
         x = x + out
-        return x + self.mlp(self.post_attention_layernorm(x)), attention
+        out = self.mlp(self.post_attention_layernorm(x))
+        out, routing = out if isinstance(self.mlp, moe.Experts) else (out, None)
+        return x + out, attention, routing
 
 
 class Decoder(nn.Module):
@@ -195,7 +204,8 @@ class Decoder(nn.Module):
     def __init__(self, c: QwenConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        sparse = [moe.is_sparse(i, c.num_experts) for i in range(c.num_hidden_layers)]
+        self.layers = nn.ModuleList(Layer(c, one) for one in sparse)
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
@@ -235,7 +245,7 @@ class Qwen(nn.Module):
         ValueError: a layer that is not there.
         """
         x = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        c, attention, attentions = self.config, attention or {}, {}
+        c, attention, attentions, routing = self.config, attention or {}, {}, {}
         if outside := sorted(set(attention) - set(range(c.num_hidden_layers))):
             last = c.num_hidden_layers - 1
             raise ValueError(f"attention of layers {outside}: this model has layers 0 to {last}")
@@ -246,13 +256,15 @@ class Qwen(nn.Module):
             layer_cache = None if cache is None else cache.layers[i]
             inputs = x, rope, mask, layer_cache, attention.get(i, fused_attention)
             if self.checkpointing and torch.is_grad_enabled():
-                x, seen = checkpoint(layer, *inputs, use_reentrant=False)
+                x, seen, shares = checkpoint(layer, *inputs, use_reentrant=False)
             else:
-                x, seen = layer(*inputs)
+                x, seen, shares = layer(*inputs)
             if i in attention:
                 attentions[i] = seen
+            if shares is not None:
+                routing[i] = shares
         x = self.model.norm(x)
-        return Output(x, self.head(x) if logits else None, attentions)
+        return Output(x, self.head(x) if logits else None, attentions, routing)
 
     @property
     def head_weight(self) -> Tensor:

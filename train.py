@@ -11,7 +11,8 @@
 
 LM is the language model. L_LM is its loss on the answers, L_KL compares the student's answers with the
 teacher's, L_ADL where the two look in the picture; with TAF (teacher adapter fetch) the student keeps the
-teacher's adapter and trains one linear map P_s behind it. All of it is in distill.py.
+teacher's adapter and trains one linear map P_s behind it. All of it is in distill.py; the other systems of
+the paper's table, which have other losses and stages in another order, are in rivals.py.
 
 Read on: one step of teacher and student (class Step), then one stage from top to bottom (train). Flags,
 recipes and Config are in training/recipes.py, how models are loaded and frozen in training/models.py.
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 import data
 import distill
 import lean
+import rivals
 from distill import Method, Term
 from model import DTYPES, VLM, pick_device
 from qwen import explicit_attention
@@ -41,7 +43,7 @@ from support.files import check_writable
 from support.loading import batches_made
 from support.program import one_sentence
 from support.ranks import agree, all_reduce, any_rank, barrier, rank_and_ranks, ranks_of_torchrun
-from support.world import make_world
+from support.world import make_pairs, make_world
 from training import parallel, recipes, resume
 from training.log import Log, StepSize
 from training.models import load_models, save_model
@@ -65,25 +67,27 @@ class Step(nn.Module):
         precision: str = "fp32",
     ):
         super().__init__()
-        unknown = {name for terms in method.weights.values() for name in terms} - lean.TERMS
+        known = lean.TERMS | rivals.TERMS
+        unknown = {name for terms in method.weights.values() for name in terms} - known
         if unknown and not plain:
             raise BadInput(f"lean.py does not have the loss {', '.join(sorted(unknown))}: train with --plain")
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
+        self.kept: dict[str, Tensor] = {}  # what follows from frozen weights, made once
         self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
         stages = method.weights.values()
-        if teacher is not None and any(terms.keys() - distill.LOGIT_LOSSES for terms in stages):
+        if teacher is not None and any(terms.keys() - distill.OUTPUT_LOSSES for terms in stages):
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
             try:
                 layers = distill.aligned_layers(method, *depths)
             except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
                 raise BadInput(str(error)) from None
-            if weights.keys() - distill.LOGIT_LOSSES:
+            if weights.keys() - distill.OUTPUT_LOSSES:
                 self.student_layers, self.teacher_layers = layers
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:
-        """batch: data.collate's; totals: distill.loss_counts, added up over the global batch."""
+        """batch: data.collate's; totals: rivals.loss_counts, added up over the global batch."""
         student, teacher, ids = self.student, self.teacher[0], batch["input_ids"]
         t = rows = None
         attend = explicit_attention  # whole maps (B,H,T,T)
@@ -92,6 +96,8 @@ class Step(nn.Module):
         # no attention mask: causality hides padding on the right
         with torch.no_grad():  # frozen, so held in the dtype of its products
             z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
+            if batch["pairs"]:  # two answers about each picture: all chosen ones, then all rejected ones
+                z = z.repeat(2, 1, 1)
             if teacher is not None:
                 teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)
                 t = teacher.lm(
@@ -112,10 +118,16 @@ class Step(nn.Module):
                 attention=dict.fromkeys(self.student_layers, attend),
                 logits=self.plain,
             )
-        if self.plain:
-            return distill.distillation_loss(s, t, batch, self.method, self.weights, totals)
+            projected = student.projector(s.hidden) if "hidden" in self.weights else None  # (B,T,C_t)
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
-        return lean.distillation_loss(s, t, heads, rows, batch, self.method, self.weights, totals)
+        if self.plain:
+            loss, terms = distill.distillation_loss(s, t, batch, self.method, self.weights, totals)
+        else:
+            loss, terms = lean.distillation_loss(s, t, heads, rows, batch, self.method, self.weights, totals)
+        others = rivals.rival_terms(s, t, heads, projected, batch, self.weights, self.kept)
+        for name, term in others.items():
+            loss = loss + self.weights[name] * term.sum / totals[name].clamp(min=1)
+        return loss, terms | others
 
 
 # ---------------------------------------------------------------- one stage
@@ -242,7 +254,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tensor], StepSize]:
     """What the losses of a step are divided by, and how much is in it: micro-batches and ranks added up."""
-    here = [distill.loss_counts(batch, c.method, c.weights) for batch in micro_batches]
+    here = [rivals.loss_counts(batch, c.method, c.weights) for batch in micro_batches]
     totals = {name: sum(counts[name] for counts in here) for name in here[0]}
     if totals.keys() != c.weights.keys():
         raise BadInput(
@@ -251,7 +263,7 @@ def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tenso
         )
     masks = [batch["attention_mask"] for batch in micro_batches]
     size = StepSize(
-        samples=sum(len(mask) for mask in masks),
+        samples=sum(len(batch["ids"]) for batch in micro_batches),
         tokens=sum(mask.sum() for mask in masks),
         padded_tokens=sum(mask.numel() for mask in masks),
         bad=sum(len(batch["replaced"]) for batch in micro_batches),
@@ -315,13 +327,15 @@ def check_forms(step: Step, batch: dict, totals: dict[str, Tensor]) -> None:
 
 def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset:
     """--data, or the tiny world's, which rank 0 makes; samples no longer than the models hold."""
-    world = c.out / "world"
+    world, pairs = c.out / "world", "preference" in c.weights
     if c.data is None and rank_and_ranks()[0] == 0:
         make_world(world)
+        if pairs:
+            make_pairs(world)
     barrier()
     held = [vlm.config.text.max_position_embeddings for vlm in (student, teacher) if vlm]
     dataset = data.LlavaDataset(
-        c.data or [world / ("pretrain.json" if c.stage in ("0a", "1") else "tune.json")],
+        c.data or [world / f"{'pretrain' if c.stage in ('0a', '1') else 'pairs' if pairs else 'tune'}.json"],
         c.images or [world / "images"],
         student.tokenizer,
         student.num_image_tokens,
@@ -330,8 +344,9 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         max_length=min(c.max_length, *held),
         skip_bad=c.skip_bad_samples,
         only_pictures=c.stage in ("0a", "1"),
+        pairs=pairs,
     )
-    if c.weights.keys() - distill.LOGIT_LOSSES and not dataset.records.has_image.any():
+    if c.weights.keys() - distill.OUTPUT_LOSSES and not dataset.records.has_image.any():
         raise BadInput(
             f"{dataset.records.files[0]}: no record has a picture, over which L_ADL compares attention"
         )
@@ -355,7 +370,7 @@ def open_batches(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """`--stage`, or stages 1, 2 and 3, on one device or on as many as torchrun started."""
+    """`--stage`, or the method's stages in their order, on one device or on as many as torchrun started."""
     run = None  # the folder of saves of the stage that is trained
 
     def going_on() -> str:
@@ -371,7 +386,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise BadInput("--parallel fsdp shards over processes: start train.py with torchrun")
             rank, ranks = rank_and_ranks()
             try:
-                for stage in {None: ("1", "2", "3"), "0": ("0a", "0b")}.get(args.stage, (args.stage,)):
+                stages = {None: args.method.weights, "0": ("0a", "0b")}.get(args.stage, (args.stage,))
+                for stage in stages:
                     c = recipes.configure(stage, args, ranks)
                     run = c.run
                     folder = train(c)

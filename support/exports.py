@@ -50,6 +50,8 @@ def written(
         raise BadInput(f"layout {layout!r} is not known; choose {', '.join(NAMES)}")
     if layout == "released" and c.taf_gelu:
         raise BadInput("the released layout has no field for the GELU before P_s; save as native")
+    if layout != "native" and c.text.num_experts:
+        raise BadInput(f"the {layout} layout has no place for experts; save as native")
     if layout == "hf" and c.taf_width:
         raise BadInput(
             "a model with TAF does not fit Hugging Face LLaVA, whose adapter has no P_s and the language "
@@ -70,8 +72,11 @@ def _name(name: str, layout: str) -> str:
 def _parts_config(c: VLMConfig) -> dict:
     """What every layout says in the same words."""
     text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+    fields = asdict(c.text)
+    if not c.text.num_experts:  # which nobody else's Qwen2 has
+        del fields["num_experts"]
     return {
-        "text_config": text | asdict(c.text),
+        "text_config": text | fields,
         "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False} | asdict(c.vision),
         "tie_word_embeddings": c.text.tie_word_embeddings,
         "vision_feature_layer": c.vision_layer,

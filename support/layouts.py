@@ -49,6 +49,7 @@ FIELDS: dict[str, tuple[type, float, float]] = {
     "vision_feature_layer": (int, -1001, 1000),
     "image_token_index": (int, -1e7, 1e7),
     "head_dim": (int, 1, 1e4),
+    "num_experts": (int, 0, 1000),  # of our own layout alone
 }
 # Fields that must have one of these values, or be absent: the networks and the pictures are made for them.
 ONLY: dict[str, tuple] = {

@@ -91,7 +91,7 @@ def stamp(state: os.stat_result) -> tuple[int, int]:
 
 def count_characters(record: dict) -> int:
     """Count the characters of all turns of a record; what is malformed counts nothing here."""
-    turns = record.get("conversations")
+    turns = record.get("conversations", record.get("chosen"))
     turns = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
     values = [turn.get("value") for turn in turns]
     return sum(len(value) for value in values if isinstance(value, str))

@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from data import END_OF_TEXT, IMAGE_MARK, SYSTEM, encode, inside, pieces
 from support.errors import BadInput
-from support.files import field, read_json, texts, whole_folder
+from support.files import field, read_json, texts, whole_folder, write_atomically
 
 TINY = Path(__file__).parent.parent / "tiny"  # the models that ship: teacher, student, ...
 
@@ -258,6 +258,41 @@ def _write_world(folder: Path, seed: int, tune: int, pretrain: int, per_kind: in
         write(f"test/{kind}.json", items)
     conversations("val", "test", VALIDATION)
     write("world.json", {"seed": seed, "tune": tune, "pretrain": pretrain, "per_kind": per_kind})
+
+
+# Answers of one kind each: another one of the kind is wrong.
+FAMILIES = (
+    ("yes", "no"),
+    ("left", "right"),
+    ("above", "below"),
+    tuple(COLOURS),
+    SHAPES,
+    tuple(cell_name((column, row)) for column in range(GRID) for row in range(GRID)),
+    tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES),
+)
+
+
+def make_pairs(folder: Path, seed: int = 0) -> Path:
+    """Write pairs.json, unless it is there -> the file: one turn of each record of tune.json, two answers.
+
+    "chosen" has the right one, "rejected" another one of the same kind. No question is new.
+    """
+    file = folder / "pairs.json"
+    if file.exists():
+        return file
+    rng, records = random.Random(seed), []
+    for record in read_json(folder / "tune.json", list):
+        turns = record["conversations"]
+        i = 2 * rng.randrange(len(turns) // 2)
+        question, answer = (turn["value"] for turn in turns[i : i + 2])
+        question = f"{IMAGE_MARK}\n{question.removeprefix(IMAGE_MARK).strip()}"
+        wrong = rng.choice([x for family in FAMILIES if answer in family for x in family if x != answer])
+        pair = {"id": record["id"], "image": record["image"]}
+        for name, value in (("chosen", answer), ("rejected", wrong)):
+            pair[name] = [{"from": "human", "value": question}, {"from": "gpt", "value": value}]
+        records.append(pair)
+    write_atomically(file, json.dumps(records))
+    return file
 
 
 def make_tokenizer() -> Tokenizer:

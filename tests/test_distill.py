@@ -701,7 +701,7 @@ def test_distillation_loss_is_the_weighted_sum_of_its_terms():
     batch = batch_of(columns, real) | {"labels": torch.full((2, 8), IGNORE)}
     batch["labels"][:, 6:] = torch.tensor([[3, 4], [5, IGNORE]])
     student, teacher = (
-        Output(None, torch.randn(2, 8, 9), {i: torch.rand(2, 2, 8, 8).tril() for i in layers})
+        Output(None, torch.randn(2, 8, 9), {i: torch.rand(2, 2, 8, 8).tril() for i in layers}, {})
         for layers in ((1, 2), (1, 2, 3))
     )
     method, weights = distill.Method({}, matching="simple"), {"lm": 2.0, "kl": 0.5, "adl": 3.0}

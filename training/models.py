@@ -1,10 +1,14 @@
 """The student and the teacher of a stage: loaded, checked against each other, and what is trained of them."""
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import model
+import moe
+import rivals
 from distill import LM, TeacherAdapterFetch
 from model import DTYPES, VLM
 from support.checkpoint import find
@@ -39,6 +43,11 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
         if c.method.taf:
             student.adapter.teacher = teacher.adapter
+    if "aux" in c.weights and not student.config.text.num_experts:
+        add_experts(student)
+    if "hidden" in c.weights:
+        widths = (vlm.config.text.hidden_size for vlm in (student, teacher))
+        student.projector = rivals.Projector(*widths).to(device)
     choose_trained(student, c)
     for parameter in student.parameters():  # what is frozen may be held in bfloat16: it is only read
         if not parameter.requires_grad:
@@ -48,6 +57,14 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         compile_layers(student, teacher)
     distils = c.weights.keys() - LM.keys()  # else only its adapter was fetched
     return student, teacher if distils else None
+
+
+def add_experts(student: VLM) -> None:
+    """Up-cycle a dense student, in place: every other MLP becomes a mixture of experts."""
+    text = student.config.text
+    moe.upcycle(student.lm.model.layers, text.hidden_size, rivals.NUM_EXPERTS)
+    student.lm.config = replace(text, num_experts=rivals.NUM_EXPERTS)
+    student.config = replace(student.config, text=student.lm.config)
 
 
 def compile_layers(student: VLM, teacher: VLM | None) -> None:
@@ -62,15 +79,23 @@ def choose_trained(student: VLM, c: Config) -> None:
     """Freeze all but the adapter (of a fetched one P_s alone) and, after stages 0a and 1, the language model.
 
     That is trained whole, or through LoRA (low-rank adaptation). A new stage starts a new LoRA; the one
-    before was merged when its stage was saved.
+    before was merged when its stage was saved. Where the use of experts is balanced, only the MLPs of the
+    language model are trained, dense ones and experts, and their routers, whole in any case.
     """
     student.requires_grad_(False).train()
     taf = isinstance(student.adapter, TeacherAdapterFetch)
     (student.adapter.student if taf else student.adapter).requires_grad_(True)
+    if "hidden" in c.weights:
+        student.projector.requires_grad_(True)
     if c.stage not in ("0a", "1"):
-        student.lm.requires_grad_(c.tune == "full")
+        sparse, layers = "aux" in c.weights, student.lm.model.layers
+        tuned = nn.ModuleList(layer.mlp for layer in layers) if sparse else student.lm
+        tuned.requires_grad_(c.tune == "full")
         if c.tune == "lora":
-            lora.add_lora(student.lm.model.layers, c.lora_rank, c.lora_alpha, c.lora_dropout)
+            lora.add_lora(tuned if sparse else layers, c.lora_rank, c.lora_alpha, c.lora_dropout)
+        for module in tuned.modules():
+            if sparse and isinstance(module, moe.Router):
+                module.requires_grad_(True)
 
 
 def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
@@ -102,8 +127,12 @@ def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
 
 
 def save_model(student: VLM, c: Config) -> None:
-    """The finished model as a checkpoint folder: shards put together, LoRA merged. All ranks call."""
+    """The finished model as a checkpoint folder: shards put together, LoRA merged. All ranks call.
+
+    Of what only training needs, LoRA and the projector, nothing is left.
+    """
     tensors = lora.merge(resume.whole_state(student), c.lora_rank, c.lora_alpha)
+    tensors = {name: x for name, x in tensors.items() if not name.startswith("projector.")}
     if rank_and_ranks()[0] == 0:
         with torch.device("meta"):
             plain = VLM(student.config, student.tokenizer)

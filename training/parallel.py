@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distill import LOGIT_LOSSES
+from distill import OUTPUT_LOSSES
 from model import DTYPES
 
 
@@ -36,7 +36,7 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
         return step
     if parallel == "ddp":
         # without a loss of the answers nothing flows back to the layers behind the aligned ones
-        of_all_layers = step.weights.keys() & LOGIT_LOSSES
+        of_all_layers = step.weights.keys() & OUTPUT_LOSSES
         return DistributedDataParallel(step, find_unused_parameters=not of_all_layers)
     policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)
     student, teacher = step.student, step.teacher[0]

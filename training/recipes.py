@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from distill import DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method
+from rivals import RIVALS
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput
 from support.program import number, parse
@@ -29,6 +30,7 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
         "1": dict(steps=200, lr=2e-3, batch_size=8),
         "2": dict(steps=4000, lr=2e-3, batch_size=8),
         "3": dict(steps=100, lr=5e-4, batch_size=16),
+        "4": dict(steps=73, lr=2e-4, batch_size=8),
     },
     "paper": {
         "all": dict(
@@ -39,17 +41,27 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
         "1": dict(lr=2e-4, global_batch=256, max_length=1536),
         "2": dict(lr=2e-4, global_batch=128, max_length=1536),
         "3": dict(lr=2e-4, global_batch=192, max_length=1536, lora_dropout=0.05),
+        "4": dict(lr=2e-5, global_batch=64, max_length=1536),
     },
 }
-FULL_LR = 2e-5  # of the paper's recipe where the whole language model is tuned (as LLaVA-KD does)
-BEFORE = {"0b": "0a", "2": "1", "3": "2"}  # the stage that a stage starts from
+# Of the other systems: together as many steps after stage 1 as ours, in the shares of their papers' samples.
+OF_RIVALS = {
+    "tiny": {
+        "llava-kd": {"3": dict(steps=2050, lr=2e-3, batch_size=8), "2": dict(steps=2050)},
+        "llavadi": {"2": dict(steps=4100)},
+        "llava-mod": {"2": dict(steps=2560), "3": dict(steps=1467, lr=2e-3, batch_size=8)},
+    }
+}
+ADAPTER_LR = 1e-3  # of the paper's recipe where a whole adapter is trained alone, and not only P_s
+# of the paper's recipe where the whole language model is tuned (as LLaVA-KD does); LLaVA-MoD's last stage
+FULL_LR = {"0b": 2e-5, "2": 2e-5, "3": 2e-5, "4": 2e-6}
 
 
 @dataclass(frozen=True)
 class Config:
     """All that one stage of training depends on. `configure` makes it, once; nothing changes it."""
 
-    stage: str  # 0a, 0b, 1, 2 or 3
+    stage: str  # 0a, 0b, 1, 2, 3 or 4
     method: Method
     plain: bool  # losses from whole matrices (distill.py) instead of from parts of them (lean.py)
     # where things are: folders or hub names
@@ -116,11 +128,14 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     The global batch is ranks x batch_size x accumulation: of it and accumulation one may be open.
     """
     flags, recipe = vars(args), RECIPES[args.recipe]
-    recipe = recipe["all"] | recipe[stage]
+    of_rival = OF_RIVALS.get(args.recipe, {}).get(args.method_name, {})
+    recipe = recipe["all"] | recipe[stage] | of_rival.get(stage, {})
     if args.epochs or args.steps:  # one of them given: the recipe's other one does not count
         recipe |= {"epochs": None, "steps": None}
-    if args.recipe == "paper" and args.tune == "full" and stage in ("0b", "2", "3"):
-        recipe["lr"] = FULL_LR
+    if args.recipe == "paper" and args.tune == "full" and stage in FULL_LR:
+        recipe["lr"] = FULL_LR[stage]
+    if args.recipe == "paper" and stage == "1" and not args.method.taf:
+        recipe["lr"] = ADAPTER_LR
     values = {name: recipe.get(name) if value is None else value for name, value in flags.items()}
     # the tiny recipe's batch is that of all ranks, as far as they divide it
     if args.batch_size is None and values["global_batch"] is None:
@@ -150,28 +165,38 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
     return Config(**{field.name: values[field.name] for field in fields(Config)})
 
 
+def before(stage: str, method: Method) -> str | None:
+    """The stage that a stage starts from; None: from a plain language model."""
+    order = ["0a", "0b"] if stage in ("0a", "0b") else list(method.weights)
+    return order[order.index(stage) - 1] if stage in order[1:] else None
+
+
 def has_teacher(stage: str, method: Method) -> bool:
-    """Whether the stage distils from one, or fetches its adapter."""
-    return bool(method.weights.get(stage, LM).keys() - LM.keys()) or (stage == "1" and method.taf)
+    """Whether the stage distils from one or, being the first, takes its eyes or its adapter."""
+
+    def distils(stage: str) -> bool:
+        return bool(method.weights.get(stage, LM).keys() - LM.keys())
+
+    return distils(stage) or (stage == "1" and (method.taf or any(map(distils, method.weights))))
 
 
 def needed_models(stage: str, method: Method) -> list[str]:
     """The flags that name the models of a stage, but for what the stage before has made."""
-    taught, first = has_teacher(stage, method), stage not in BEFORE
+    taught, first = has_teacher(stage, method), before(stage, method) is None
     return ["student"] * first + ["teacher"] * taught + ["vision"] * (first and not taught)
 
 
 def previous_output(stage: str, args: argparse.Namespace) -> str:
     """The folder that a stage starts from when --student does not say."""
-    if stage not in BEFORE:
+    earlier = before(stage, args.method)
+    if earlier is None:
         return str(TINY / ("teacher-lm" if stage == "0a" else "student"))
-    before = BEFORE[stage]
-    folder = args.out / args.name / f"stage{before}"
+    folder = args.out / args.name / f"stage{earlier}"
     if folder.is_dir():
         return str(folder)
-    others = " or ".join(f"--student {other}" for other in sorted(args.out.glob(f"*/stage{before}")))
+    others = " or ".join(f"--student {other}" for other in sorted(args.out.glob(f"*/stage{earlier}")))
     others = f", or start from another: {others}" if others else ""
-    raise BadInput(f"{folder} is missing; make it with `{command_of(before, args)}`{others}")
+    raise BadInput(f"{folder} is missing; make it with `{command_of(earlier, args)}`{others}")
 
 
 def command_of(stage: str, args: argparse.Namespace) -> str:
@@ -184,7 +209,8 @@ def command_of(stage: str, args: argparse.Namespace) -> str:
         if flag not in ("--stage", "--data", "--images", "--student"):
             words.append(word)
     if args.data:
-        words += ["--data", "CAPTIONS.json" if stage in ("0a", "1") else "TUNE.json", "--images", "FOLDER"]
+        file = {"0a": "CAPTIONS.json", "1": "CAPTIONS.json", "4": "PAIRS.json"}.get(stage, "TUNE.json")
+        words += ["--data", file, "--images", "FOLDER"]
     if args.recipe == "paper":
         missing = [name for name in needed_models(stage, args.method) if f"--{name}" not in words]
         words += [word for name in missing for word in (f"--{name}", name.upper())]
@@ -238,8 +264,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     switch = {"action": "store_true"}
 
     add = parser.add_argument_group("run").add_argument
-    add("--stage", choices=["0", "0a", "0b", "1", "2", "3"],
-        help="one stage; 0 is 0a and 0b (default: 1, 2 and 3, one after the other, on the tiny world)")
+    add("--stage", choices=["0", "0a", "0b", "1", "2", "3", "4"],
+        help="one stage; 0 is 0a and 0b (default: all of the method, most often 1, 2 and 3, one after the "
+        "other, on the tiny world)")
     add("--recipe", choices=list(RECIPES), default="tiny", help="the defaults (default: %(default)s)")
     add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
     add("--name", help="folder of this student under --out (default: the method, in stage 0 'teacher')")
@@ -260,10 +287,12 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add = parser.add_argument_group(
         "method: one flag per row of the paper's ablation tables (default: the method's own)"
     ).add_argument
-    add("--method", choices=list(METHODS), default="compodistill",
+    add("--method", choices=[*METHODS, *RIVALS], default="compodistill",
         help="sft: supervised fine-tuning alone; kd: vanilla knowledge distillation; compodistill: the "
-        "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it "
-        "(default: %(default)s)")
+        "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it; "
+        "llava-kd (stages 1, 3, 2): L_LM, L_KL of answers and of visual tokens, relations of visual tokens; "
+        "llavadi (1, 2): L_LM, KL of z-scored logits and hidden states of all tokens; llava-mod (1, 2, 3, 4): "
+        "L_KL, then experts with L_LM + L_KL + balance, then preferences (default: %(default)s)")
     add("--taf", action=argparse.BooleanOptionalAction, help="TAF, teacher adapter fetch: keep the teacher's "
         "adapter, train one linear map behind it")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
@@ -273,6 +302,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
+    add("--weights", nargs="+", metavar="TERM=X", help="weights of terms that the method has, in all of "
+        "its stages that have them or in --stage: lm, kl, adl and, of the other systems, image_kl, relation, "
+        "all_kl, hidden, aux, preference")
     add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
         "with lean.py's parts of them: the same losses, slower, more memory")
 
@@ -335,7 +367,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     if args.lora_dropout and args.lora_dropout >= 1:
         parser.error("--lora-dropout is a share below 1")
     args.name = args.name or ("teacher" if (args.stage or "").startswith("0") else args.method)
-    name, args.method = args.method, method_of(args, parser)
+    name = args.method_name = args.method
+    args.method = method_of(args, parser)
+    stages = [*args.method.weights, "0", "0a", "0b"]
+    if args.stage and args.stage not in stages:
+        parser.error(f"--method {name} has no stage {args.stage}, but {', '.join(args.method.weights)}")
     if args.recipe == "paper":  # else a tiny model would quietly take the place of a real one
         for flag in needed_models(args.stage, args.method):
             if flag not in given:
@@ -346,10 +382,17 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
 
 def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Method:
     """The named method with what the flags change of it."""
-    method = METHODS[args.method]
-    first, second = dict(method.weights.get("1", LM)), dict(method.weights.get("2", LM))
+    rival = RIVALS.get(args.method)
+    method = rival or METHODS[args.method]
+    weights = {stage: dict(terms) for stage, terms in method.weights.items()}
     if args.kl_weight is not None:
-        first["kl"] = second["kl"] = args.kl_weight
+        for stage in ("1", "2"):
+            if rival and "kl" not in weights[stage] and not args.weights:
+                parser.error(f"--kl-weight: stage {stage} of {args.method} has no L_KL; see --weights")
+            weights.setdefault(stage, dict(LM))["kl"] = args.kl_weight
+    if rival and args.taf:
+        parser.error(f"--taf: the student of {args.method} has an adapter of its own")
+    second = weights.setdefault("2", dict(LM))
     if args.vat_loss not in (None, "none"):
         second.setdefault("adl", 1.0)
     about_attention = ("vat_weight", "vat_queries", "layers", "matching")
@@ -361,7 +404,21 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
         second["adl"] = args.vat_weight
     if args.vat_loss == "none":
         second.pop("adl", None)
-    weights = {**method.weights, "1": first, "2": second}
+    for word in args.weights or ():
+        term, _, text = word.partition("=")
+        stages = [s for s, terms in weights.items() if term in terms and args.stage in (None, s)]
+        if not stages:
+            where = f"stage {args.stage} of {args.method}" if args.stage else args.method
+            known = sorted(
+                {name for s, terms in weights.items() if args.stage in (None, s) for name in terms}
+            )
+            parser.error(f"--weights {word}: {where} has no such term, but {', '.join(known)}")
+        try:
+            weight = number(float, 0)(text)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"--weights {word}: {error}")
+        for stage in stages:
+            weights[stage][term] = weight
     weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
     changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
     changes |= {"layers": args.layers, "matching": args.matching}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import data
-import distill
+import rivals
 from model import VLM
 from support.errors import BadInput
 from support.ranks import all_reduce, rank_and_ranks
@@ -33,6 +33,7 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         trained_on.template,
         trained_on.max_length,
         only_pictures=c.stage in ("0a", "1"),
+        pairs=trained_on.pairs,
     )
     held_out.room = data.KEPT
     for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
@@ -61,7 +62,8 @@ def validate(
         if not share:
             batch["labels"].fill_(data.IGNORE)
             batch["has_image"].fill_(False)
-        _, terms = step(batch, distill.loss_counts(batch, c.method, c.weights))
+            batch["attention_mask"].fill_(False)
+        _, terms = step(batch, rivals.loss_counts(batch, c.method, c.weights))
         for name, term in terms.items():
             both = torch.stack([torch.as_tensor(x, device=device).double() for x in (term.sum, term.count)])
             numbers[name] = numbers.get(name, 0) + both
