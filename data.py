@@ -331,16 +331,15 @@ class LlavaDataset(torch.utils.data.Dataset):
             image = image[0]
         if image and not isinstance(image, str):
             raise BadInput(f'"image" is {f"{image!r}":.60}, not the name of one picture')
-        sample = self.text_of(record, "chosen" if self.pairs else "conversations", image)
+        names = ("chosen", "rejected") if self.pairs else ("conversations",)
+        sample, *others = samples = [self.text_of(record, name, image) for name in names]
+        if others and questions(record["chosen"]) != questions(record["rejected"]):
+            raise BadInput('"chosen" and "rejected" do not have the same questions')
         if IMAGE_TOKEN in sample["input_ids"]:
-            sample["pixel_values"] = preprocess(inside(images, image), self.image_size)
-        if self.pairs:
-            asked = [questions(record[name]) for name in ("chosen", "rejected")]
-            if asked[0] != asked[1]:
-                raise BadInput('"chosen" and "rejected" do not have the same questions')
-            sample["rejected"] = self.text_of(record, "rejected", image)
-            sample["rejected"] |= {name: sample[name] for name in ("pixel_values",) if name in sample}
-        return sample
+            pixel_values = preprocess(inside(images, image), self.image_size)
+            for one in samples:
+                one["pixel_values"] = pixel_values
+        return sample | ({"rejected": others[0]} if others else {})
 
     def text_of(self, record: dict, name: str, image: str | None) -> dict:
         """record[name], a conversation -> {"input_ids", "labels", "cut", "mended"}."""
@@ -348,7 +347,8 @@ class LlavaDataset(torch.utils.data.Dataset):
         try:
             ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
         except BadInput as error:
-            raise BadInput(f'"{name}": {error}' if self.pairs else str(error)) from None
+            said = str(error).removeprefix('"conversations" ')
+            raise BadInput(f'"{name}" {said}' if said != str(error) else f'"{name}": {said}') from None
         if (IMAGE_TOKEN in ids) != bool(image):
             raise BadInput(f"{IMAGE_MARK} in its text and a picture go together")
         cut_off = self.max_length is not None and len(ids) > self.max_length

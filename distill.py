@@ -352,9 +352,8 @@ def next_tokens(labels: Tensor) -> Tensor:
 class Method:
     """One row of the paper's tables, as a value."""
 
-    weights: Mapping[
-        str, Mapping[str, float]
-    ]  # stages, in their order -> terms of the loss and their weights
+    # stages, in their order -> the terms of their loss, and its weights
+    weights: Mapping[str, Mapping[str, float]]
     taf: bool = True  # the student fetches the teacher's adapter; else it has one of its own
     kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
     distance: str = "cosine"  # of two attention maps, one of DISTANCES (--vat-loss)

@@ -76,7 +76,10 @@ def all_kl_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) 
 
 
 def z_scored_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), cut to the smaller V, z-scored."""
+    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), cut to the smaller V, z-scored.
+
+    Cut first, so that what lies beyond the tokenizer moves no mean.
+    """
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     return distill.kl_divergence(z_scored(student_logits[:, :size]), z_scored(teacher_logits[:, :size]))
 
@@ -88,7 +91,7 @@ def z_scored(z: Tensor) -> Tensor:
 
 
 class Projector(nn.Sequential):
-    """h_s (B,T,C_s) -> (B,T,C_t). It is trained with the student, and no part of the finished model."""
+    """h_s (n,C_s) -> (n,C_t). It is trained with the student, and no part of the finished model."""
 
     def __init__(self, student_width: int, teacher_width: int):
         first = nn.Linear(student_width, teacher_width)
@@ -96,8 +99,11 @@ class Projector(nn.Sequential):
 
 
 def hidden_loss(projected: Tensor, teacher_hidden: Tensor, tokens: Tensor) -> Term:
-    """Mean square of proj(h_s) - h_t, (B,T,C_t) both, at every token (B,T); h is what the head reads."""
-    squares = (projected[tokens].float() - teacher_hidden[tokens].detach().float()).square()
+    """Mean square of proj(h_s) - h_t at every token: h is what the head reads.
+
+    projected (n,C_t), of the n tokens (B,T); teacher_hidden (B,T,C_t).
+    """
+    squares = (projected.float() - teacher_hidden[tokens].detach().float()).square()
     return Term(squares.mean(-1).sum(), tokens.sum())
 
 
@@ -131,7 +137,8 @@ def preference_loss(student_log_p: Tensor, teacher_log_p: Tensor, whole: Tensor)
         1 - sigmoid(beta (r_w - k_l))   and   1 - sigmoid(beta (k_w - r_l))
 
     whole (n,): pairs that have both answers. Each pair has its own baselines, and the gradient goes through
-    them, as in the released run, whose micro-batch is one pair; KTO's authors have the batch's mean, constant.
+    them, as in the released run, whose micro-batch is one pair; KTO's authors take the batch's mean, as a
+    constant.
     """
     r_w, r_l = (student_log_p - teacher_log_p.detach()).chunk(2)  # (n,)
     k_w, k_l = r_w.clamp(min=0), r_l.clamp(min=0)
@@ -157,7 +164,7 @@ def whole_pairs(labels: Tensor) -> Tensor:
 def relation_loss_of_states(
     student: Tensor, teacher: Tensor, student_gram: Tensor, teacher_gram: Tensor, batch: dict
 ) -> Term:
-    """relation_loss from hidden states (B,T,C): Z Z^T = H (W^T W) H^T, with the Gram matrix (C,C) of a head."""
+    """relation_loss from hidden states (B,T,C): Z Z^T = H (W^T W) H^T, with W^T W (C,C) of either head."""
     columns = batch["visual_columns"]
     h = [at_columns(x, columns).float() for x in (student, teacher)]  # (B,P,C)
     r = [x @ gram @ x.transpose(1, 2) for x, gram in zip(h, (student_gram, teacher_gram))]  # (B,P,P)

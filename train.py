@@ -118,7 +118,9 @@ class Step(nn.Module):
                 attention=dict.fromkeys(self.student_layers, attend),
                 logits=self.plain,
             )
-            projected = student.projector(s.hidden) if "hidden" in self.weights else None  # (B,T,C_t)
+            projected = None
+            if "hidden" in self.weights:  # (B,T,C_s) -> (n,C_t), n tokens that are no padding
+                projected = student.projector(s.hidden[batch["attention_mask"]])
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
         if self.plain:
             loss, terms = distill.distillation_loss(s, t, batch, self.method, self.weights, totals)

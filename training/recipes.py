@@ -291,8 +291,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="sft: supervised fine-tuning alone; kd: vanilla knowledge distillation; compodistill: the "
         "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it; "
         "llava-kd (stages 1, 3, 2): L_LM, L_KL of answers and of visual tokens, relations of visual tokens; "
-        "llavadi (1, 2): L_LM, KL of z-scored logits and hidden states of all tokens; llava-mod (1, 2, 3, 4): "
-        "L_KL, then experts with L_LM + L_KL + balance, then preferences (default: %(default)s)")
+        "llavadi (1, 2): L_LM, KL of z-scored logits and hidden states of all tokens; llava-mod (1, 2, 3, "
+        "4): L_KL, then experts with L_LM, L_KL and balance, then preferences (default: %(default)s)")
     add("--taf", action=argparse.BooleanOptionalAction, help="TAF, teacher adapter fetch: keep the teacher's "
         "adapter, train one linear map behind it")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
@@ -409,10 +409,9 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
         stages = [s for s, terms in weights.items() if term in terms and args.stage in (None, s)]
         if not stages:
             where = f"stage {args.stage} of {args.method}" if args.stage else args.method
-            known = sorted(
-                {name for s, terms in weights.items() if args.stage in (None, s) for name in terms}
-            )
-            parser.error(f"--weights {word}: {where} has no such term, but {', '.join(known)}")
+            known = [terms for stage, terms in weights.items() if args.stage in (None, stage)]
+            known = ", ".join(dict.fromkeys(name for terms in known for name in terms))
+            parser.error(f"--weights {word}: {where} has no such term, but {known}")
         try:
             weight = number(float, 0)(text)
         except argparse.ArgumentTypeError as error:
