@@ -337,7 +337,8 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
     barrier()
     held = [vlm.config.text.max_position_embeddings for vlm in (student, teacher) if vlm]
     dataset = data.LlavaDataset(
-        c.data or [world / f"{'pretrain' if c.stage in ('0a', '1') else 'pairs' if pairs else 'tune'}.json"],
+        c.data
+        or [world / f"{'tune-pairs' if pairs else 'pretrain' if c.stage in ('0a', '1') else 'tune'}.json"],
         c.images or [world / "images"],
         student.tokenizer,
         student.num_image_tokens,

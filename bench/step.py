@@ -2,6 +2,7 @@
 
     python bench/step.py step       # transformers, ours in its variants, matmul floor
     python bench/step.py vat        # the three of ours alone, for more rounds
+    python bench/step.py systems    # the other systems of the paper's table (rivals.py), beside plain KD
     python bench/step.py floor      # FLOPs and bytes of a step, counted from the shape; runs nothing
     python bench/step.py scaling    # over visual tokens, batch and matched layers: what VAT adds
     python bench/step.py data       # samples per second that decoding and resizing deliver
@@ -39,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 import distill  # noqa: E402
+import rivals  # noqa: E402
 import train  # noqa: E402
 from model import DTYPES, VLM  # noqa: E402
 from qwen import Qwen, QwenConfig  # noqa: E402
@@ -50,7 +52,7 @@ from support.program import number, one_sentence, parse  # noqa: E402
 from training import recipes  # noqa: E402
 from training.log import peak_memory  # noqa: E402
 from training.lora import add_lora  # noqa: E402
-from training.models import compile_layers  # noqa: E402
+from training.models import compile_layers, prepare_student  # noqa: E402
 from training.parallel import compute_dtype  # noqa: E402
 
 
@@ -106,11 +108,23 @@ VARIANTS = {  # name -> flags of train.py, or of the straightforward way: losses
     "ours, compiled": ["--compile"],
 }
 
+SYSTEMS = {  # the same, of a stage that tells them apart
+    "kd": ["--method", "kd"],
+    "compodistill": [],
+    "llava-kd, stage 2": ["--method", "llava-kd"],
+    "llavadi, stage 2": ["--method", "llavadi"],
+    "llava-mod, stage 2": ["--method", "llava-mod"],
+    "llava-mod, stage 3": ["--method", "llava-mod", "--stage", "3"],
+    "llava-mod, stage 4": ["--method", "llava-mod", "--stage", "4"],
+}
+
 # ---------------------------------------------------------------- models and batch
 
 
-def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") -> tuple[VLM, VLM]:
-    """Student (with TAF) and frozen teacher, with seeded random weights.
+def build(
+    shape: Shape, device: str, frozen: torch.dtype, tune: str = "full", taf: bool = True
+) -> tuple[VLM, VLM]:
+    """Student (with TAF, or an adapter of its own) and frozen teacher, with seeded random weights.
 
     What is trained is float32, P_s and the language model (full) or its low-rank adaptation (lora); `frozen`
     is the dtype of all else.
@@ -119,11 +133,11 @@ def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") ->
         teacher, lm = VLM(VLMConfig(shape.vision, shape.teacher)), Qwen(shape.student)
     teacher = teacher.to(frozen).to_empty(device=device)
     lm = lm.to(torch.float32 if tune == "full" else frozen).to_empty(device=device)
-    student = VLM.assemble(teacher.vision, lm, None, teacher, taf=True)
-    student.adapter.student.float()
+    student = VLM.assemble(teacher.vision, lm, None, teacher, taf=taf)
+    adapter = (student.adapter.student if taf else student.adapter).float()
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
-        for module in (teacher, lm, student.adapter.student):
+        for module in (teacher, lm, adapter):
             for name, tensor in module.named_parameters():
                 if "norm" in name:
                     tensor.fill_(float(name.endswith("weight")))
@@ -132,14 +146,14 @@ def build(shape: Shape, device: str, frozen: torch.dtype, tune: str = "full") ->
                     tensor.normal_(0, std, generator=generator)
     teacher.requires_grad_(False)
     student.requires_grad_(False).train()
-    student.adapter.student.requires_grad_(True)
+    adapter.requires_grad_(True)
     if tune == "full":
         lm.requires_grad_(True)
     return student, teacher
 
 
-def make_batch(shape: Shape, device: str) -> dict:
-    """A batch of data.collate: text, picture, text, answers."""
+def make_batch(shape: Shape, device: str, pairs: bool = False) -> dict:
+    """A batch of data.collate: text, picture, text, answers; or as many rows of pairs of answers."""
     generator, samples = torch.Generator().manual_seed(0), []
     size, vocabulary = shape.vision.image_size, min(shape.student.vocab_size, shape.teacher.vocab_size)
     for _ in range(shape.batch):
@@ -149,6 +163,9 @@ def make_batch(shape: Shape, device: str) -> dict:
         labels[: -shape.answers] = data.IGNORE
         pixels = torch.rand(3, size, size, generator=generator) * 2 - 1
         samples.append({"input_ids": ids, "labels": labels, "pixel_values": pixels})
+    if pairs:  # the other answer of a pair is about the same picture
+        half = len(samples) // 2
+        samples = [a | {"rejected": b} for a, b in zip(samples[:half], samples[half:])]
     return data.to_device(data.collate(samples), device)
 
 
@@ -232,7 +249,7 @@ def their_losses(
 
 def our_losses(module: train.Step, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
     """The same as train.py computes them on one device."""
-    loss, terms = module(batch, distill.loss_counts(batch, module.method, module.weights))
+    loss, terms = module(batch, rivals.loss_counts(batch, module.method, module.weights))
     return loss, {name: term.sum.detach() / term.count for name, term in terms.items()}
 
 
@@ -249,23 +266,26 @@ class Variant:
     def __init__(
         self, flags: list[str] | str, shape: Shape, device: str, precision: str, tune: str, k: int = 0
     ):
-        self.device, self.batch = device, make_batch(shape, device)
-        self.student, self.teacher = student, teacher = build(shape, device, DTYPES[precision], tune)
         straightforward = isinstance(flags, str)
         if k:  # no flag says how many; Step asks here
             choose = distill.choose_layers
             distill.choose_layers = lambda *which, teacher: choose(*which, teacher)[: None if teacher else k]
         ours = ["--tune", tune, "--precision", precision, *([] if straightforward else flags)]
         args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *ours])
-        c = recipes.configure("2", args, ranks=1)
+        c = recipes.configure(args.stage, args, ranks=1)
+        self.device, self.batch = device, make_batch(shape, device, "preference" in c.weights)
+        student, teacher = build(shape, device, DTYPES[precision], tune, c.method.taf)
+        self.student, self.teacher = student, teacher
         if straightforward:
             teacher.vision, teacher.lm = to_transformers(teacher)
             student.vision, student.lm = to_transformers(student)  # its own copy of the vision encoder
             student.adapter.teacher = copy.deepcopy(teacher.adapter)
             teacher.requires_grad_(False)
-        if tune == "lora":
+        torch.manual_seed(0)  # the same adaptation in every variant
+        if not straightforward:
+            prepare_student(student, teacher, c)
+        elif tune == "lora":
             student.lm.requires_grad_(False)  # transformers' part is new, embeddings and head trainable
-            torch.manual_seed(0)  # the same adaptation in every variant
             add_lora(student.lm.model.layers, c.lora_rank, c.lora_alpha, 0.0)
         self.parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=2e-5, weight_decay=0.0, fused=True)
@@ -458,6 +478,28 @@ def vat(options: argparse.Namespace) -> None:
         times = f"{row['seconds']:.3f} s/step, {min(row['times']):.3f} to {max(row['times']):.3f}"
         print(f"  {name:16} {times}, peak {row['peak_gb']:.3f} GB")
     show_vat(rows)
+    write(options, rows=rows)
+
+
+def systems(options: argparse.Namespace) -> None:
+    """A step of each other system beside plain KD's, and beside its own with whole matrices (--plain)."""
+    plain = {f"{name}, plain": [*flags, "--plain"] for name, flags in SYSTEMS.items()}
+    groups = [{name: ([*flags], options.shape, 0) for name, flags in SYSTEMS.items()}]
+    groups += [
+        {"kd": (SYSTEMS["kd"], options.shape, 0), name: (flags, options.shape, 0)}
+        for name, flags in plain.items()
+    ]
+    table, rows = [["", "s/step", "fastest", "peak GB", "time / KD", "memory / KD"]], {}
+    for group in groups:  # of whole matrices one at a time: together they would not fit
+        found = measure(group, options)
+        for name, row in found.items():
+            times = ratio(row, found["kd"]), row["peak_gb"] / found["kd"]["peak_gb"]
+            if name not in rows:
+                cells = [row["seconds"], min(row["times"]), row["peak_gb"], *times]
+                table.append([name, *(f"{x:.3f}" for x in cells)])
+                rows[name] = row | dict(zip(("times_kd_time", "times_kd_memory"), times))
+    print(f"{about(options)}\n{options.shape}")
+    show(table)
     write(options, rows=rows)
 
 
@@ -680,7 +722,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, rounds in ("step", 3), ("vat", 8), ("scaling", 2), ("floor", 0):
+    for name, rounds in ("step", 3), ("vat", 8), ("systems", 3), ("scaling", 2), ("floor", 0):
         command = commands.add_parser(name)
         command.add_argument("--shape", choices=list(SHAPES), default="cpu", help="(default: %(default)s)")
         command.add_argument("--batch", type=number(int, 1), help="samples (default: the shape's)")
@@ -711,8 +753,8 @@ def run(options: argparse.Namespace) -> None:
         options.shape_name, options.shape = options.shape, replace(shape, batch=options.batch or shape.batch)
     if "threads" in options:
         torch.set_num_threads(options.threads)
-    commands = {"step": step, "vat": vat, "floor": floor, "scaling": scaling, "data": data_rate}
-    commands[options.command](options)
+    commands = {"step": step, "vat": vat, "systems": systems, "floor": floor, "scaling": scaling}
+    (commands | {"data": data_rate})[options.command](options)
 
 
 if __name__ == "__main__":

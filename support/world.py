@@ -272,16 +272,16 @@ FAMILIES = (
 )
 
 
-def make_pairs(folder: Path, seed: int = 0) -> Path:
-    """Write pairs.json, unless it is there -> the file: one turn of each record of tune.json, two answers.
+def make_pairs(folder: Path, name: str = "tune") -> Path:
+    """Write name-pairs.json, unless it is there -> the file: of each record of name.json a turn, two answers.
 
     "chosen" has the right one, "rejected" another one of the same kind. No question is new.
     """
-    file = folder / "pairs.json"
+    file = folder / f"{name}-pairs.json"
     if file.exists():
         return file
-    rng, records = random.Random(seed), []
-    for record in read_json(folder / "tune.json", list):
+    rng, records = random.Random(0), []
+    for record in read_json(folder / f"{name}.json", list):
         turns = record["conversations"]
         i = 2 * rng.randrange(len(turns) // 2)
         question, answer = (turn["value"] for turn in turns[i : i + 2])

@@ -456,13 +456,15 @@ def world(tmp_path_factory):
 
 def pairs_of(world, **more):
     tokenizer = data.load_tokenizer(TINY / "teacher")
-    return data.LlavaDataset(world / "pairs.json", world / "images", tokenizer, 16, 40, pairs=True, **more)
+    return data.LlavaDataset(
+        world / "tune-pairs.json", world / "images", tokenizer, 16, 40, pairs=True, **more
+    )
 
 
 def test_pairs_of_the_tiny_world(world):
     """No question that tune.json does not have, its answer chosen, another one of the same kind rejected."""
     told = {record["id"]: record["conversations"] for record in json.loads((world / "tune.json").read_text())}
-    pairs = json.loads((world / "pairs.json").read_text())
+    pairs = json.loads((world / "tune-pairs.json").read_text())
     assert [pair["id"] for pair in pairs] == list(told)
     kinds = set()
     for pair in pairs:
@@ -473,7 +475,7 @@ def test_pairs_of_the_tiny_world(world):
         assert chosen != rejected and len(chosen.split()) == len(rejected.split())
         kinds.add(frozenset({chosen, rejected}))
     assert len(kinds) > 5
-    before = (world / "pairs.json").stat().st_mtime_ns
+    before = (world / "tune-pairs.json").stat().st_mtime_ns
     assert make_pairs(world).stat().st_mtime_ns == before
 
 
@@ -485,7 +487,7 @@ def test_a_batch_of_pairs(world):
     assert batch["input_ids"].shape[0] == 6 and batch["pixel_values"].shape[0] == 3
     assert batch["has_image"].all() and torch.equal(*batch["visual_columns"].chunk(2))
     tokenizer = dataset.tokenizer
-    records = {pair["id"]: pair for pair in json.loads((world / "pairs.json").read_text())}
+    records = {pair["id"]: pair for pair in json.loads((world / "tune-pairs.json").read_text())}
     for row, (name, which) in enumerate((n, w) for w in ("chosen", "rejected") for n in batch["ids"]):
         labels = batch["labels"][row]
         text = tokenizer.decode(labels[labels != IGNORE].tolist()).strip()
@@ -505,7 +507,7 @@ def test_a_batch_of_pairs(world):
 )
 def test_pairs_that_are_none(world, tmp_path, change, said):
     """One sentence with file and record; --skip-bad-samples passes over it."""
-    records = json.loads((world / "pairs.json").read_text())
+    records = json.loads((world / "tune-pairs.json").read_text())
     change(records[1])
     (tmp_path / "pairs.json").write_text(json.dumps(records))
     tokenizer = data.load_tokenizer(TINY / "teacher")
@@ -521,7 +523,7 @@ def test_pairs_that_are_none(world, tmp_path, change, said):
 def test_conversations_and_pairs_are_told_apart(world):
     tokenizer = data.load_tokenizer(TINY / "teacher")
     with pytest.raises(BadInput, match='"conversations" is not a list'):
-        data.LlavaDataset(world / "pairs.json", world / "images", tokenizer, 16, 40)[0]
+        data.LlavaDataset(world / "tune-pairs.json", world / "images", tokenizer, 16, 40)[0]
     with pytest.raises(BadInput, match='"chosen"'):
         data.LlavaDataset(world / "tune.json", world / "images", tokenizer, 16, 40, pairs=True)[0]
 
@@ -644,7 +646,7 @@ def student(world, tmp_path_factory):
 
 
 def command(world, student, out, method, stage, *flags):
-    file = {"1": "pretrain", "4": "pairs"}.get(stage, "tune")
+    file = {"1": "pretrain", "4": "tune-pairs"}.get(stage, "tune")
     where = ["--data", world / f"{file}.json", "--images", world / "images", "--out", out, "--name", "x"]
     if stage == "1":
         student = TINY / "student"
@@ -753,7 +755,7 @@ def test_the_projector_is_trained_clipped_and_saved(world, student, tmp_path, mo
 @pytest.mark.parametrize("method, stage", [("llavadi", "2"), ("llava-mod", "4")])
 def test_validation_of_the_rivals_losses(world, student, tmp_path, method, stage):
     """On the records of training, at rate almost 0: the same numbers as in training."""
-    file = world / f"{'pairs' if stage == '4' else 'tune'}.json"
+    file = world / f"{'tune-pairs' if stage == '4' else 'tune'}.json"
     flags = ["--steps", 1, "--batch-size", 24, "--lr", 1e-12, "--val-data", file, "--val-every", 1]
     train.main(command(world, student, tmp_path, method, stage, *flags))
     (row,) = rows(tmp_path, f"stage{stage}.jsonl")

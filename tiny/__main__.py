@@ -2,10 +2,11 @@
 
     python -m tiny                                   # the main job: train, score, a table and a picture
     python -m tiny score --model tiny/compodistill   # scores of a checkpoint, and similarity to the teacher
+    python -m tiny systems                           # the paper's table: all systems, trained and scored
     python -m tiny story                             # does the paper's argument hold? analyses and a report
     python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
 
-The main job and `make`, when they were stopped, go on with the same command.
+The main job, `systems` and `make`, when they were stopped, go on with the same command.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from tiny.make import make_tiny
 from tiny.scores import attention_similarity, table, tiny_scores
 from tiny.story import story
 from tiny.students import train_students
+from tiny.systems import train_systems
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -36,11 +38,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     whole, teacher = number(int, 1), str(TINY / "teacher")
 
-    add = commands.add_parser("students", help="the main job; the same without this word").add_argument
-    add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
-    add("--seed", type=number(int, 0), default=0, help="of data order, new weights (default: %(default)s)")
-    add("--steps", type=whole, help="of stage 2, the other stages in proportion (default: the recipe's)")
-    add("--teacher", default=teacher, help="(default: %(default)s)")
+    jobs = {
+        "students": "the main job; the same without this word",
+        "systems": "the systems of the paper's table",
+    }
+    for name, text in jobs.items():
+        add = commands.add_parser(name, help=text).add_argument
+        add("--out", type=Path, default=Path("out"), help="folder of all outputs (default: %(default)s)")
+        add(
+            "--seed", type=number(int, 0), default=0, help="of data order, new weights (default: %(default)s)"
+        )
+        add(
+            "--steps",
+            type=whole,
+            help="of CompoDistill's stage 2, all else in proportion (default: the recipe's)",
+        )
+        add("--teacher", default=teacher, help="(default: %(default)s)")
 
     add = commands.add_parser("score", help="scores, and similarity to the teacher").add_argument
     add("--model", required=True, help="checkpoint folder or hub name")
@@ -73,7 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     again = not {"score", "story"} & set(argv[:1])
     with one_sentence("stopped; the same command goes on" if again else "stopped"):
         args = parse_args(argv)
-        {"students": train_students, "score": score, "story": story, "make": make_tiny}[args.command](args)
+        run = {"students": train_students, "systems": train_systems, "score": score, "story": story}
+        (run | {"make": make_tiny})[args.command](args)
 
 
 if __name__ == "__main__":

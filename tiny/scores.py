@@ -75,10 +75,20 @@ def attention_similarity(
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """{method: scores} -> a Markdown table: both averages, every kind of pair, similarity to the teacher."""
+    """{method: scores} -> a Markdown table: both averages, every kind of pair, similarity to the teacher.
+
+    With the cost of a step where one of them has it.
+    """
     columns = ["recognition", "compositional", *COMPOSITION]
+    more = {"similarity": ".2f", "step_ms": ".0f"}
+    more = {
+        name: form
+        for name, form in more.items()
+        if name == "similarity" or any(name in row for row in rows.values())
+    }
     lines = []
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns]
-        lines.append([name, *cells, f"{scores['similarity']:.2f}" if "similarity" in scores else ""])
-    return markdown(["", *columns, "similarity"], lines)
+        cells += [f"{scores[column]:{form}}" if column in scores else "" for column, form in more.items()]
+        lines.append([name, *cells])
+    return markdown(["", *columns, *more], lines)

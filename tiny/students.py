@@ -6,6 +6,7 @@ import io
 import json
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -70,7 +71,7 @@ def train_students(args: argparse.Namespace) -> None:
     tiny_items(world)
     if not (world / "val.json").exists():
         raise BadInput(f"{world} is of an earlier version; choose another --out")
-    run_students(args, steps)
+    run_students(args, dict.fromkeys(STUDENTS, steps))
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in STUDENTS:
         rows[name] = scores_in(args.out / name / "scores.json")
@@ -94,19 +95,22 @@ def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
     return scores
 
 
-def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
-    """A process for each student, as many at a time as there are cores, until all have their scores."""
+def run_students(args: argparse.Namespace, students: dict[str, dict[str, int]]) -> None:
+    """A process for each student {method: {stage: steps}}, until all have their scores.
+
+    As many at a time as there are cores.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads, at_once = max(1, cores // len(STUDENTS)), min(cores, len(STUDENTS))
+    threads, at_once = max(1, cores // len(students)), min(cores, len(students))
     spawn = torch.multiprocessing.get_context("spawn")
     waiting, running = [], []
-    for name in reversed(STUDENTS):  # the slow ones first: they share the cores best
+    for name, steps in reversed(students.items()):  # the slow ones first: they share the cores best
         argv = ["--method", name, f"--out={args.out}", "--seed", str(args.seed), f"--teacher={args.teacher}"]
         if not args.steps:  # else their stages have other numbers of steps than train.py's
             print(f"  python train.py {' '.join(argv)}")
         waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
-    total = len(STUDENTS) * sum(steps.values())
-    bar = tqdm(total=total, desc="four students", unit="step", dynamic_ncols=True)
+    total = sum(sum(steps.values()) for steps in students.values())
+    bar = tqdm(total=total, desc=f"{len(students)} students", unit="step", dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -115,7 +119,7 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
                 running[-1].start()
                 signal.signal(signal.SIGINT, plain)
             time.sleep(0.5)
-            bar.update(sum(last_step(args.out / name) for name in STUDENTS) - bar.n)
+            bar.update(sum(last_step(args.out / name) for name in students) - bar.n)
             if any((process.exitcode or 0) < 0 for process in running):
                 raise BadInput("a student was killed, perhaps for want of memory; the same command goes on")
             if any(process.exitcode for process in running):
@@ -130,7 +134,7 @@ def run_students(args: argparse.Namespace, steps: dict[str, int]) -> None:
 
 
 def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
-    """One student: stages 1, 2 and 3, scored on a few items while it learns, and on all at the end."""
+    """One student: its stages, scored on a few items while it learns, and on all at the end."""
     torch.set_num_threads(threads)
     parent = torch.multiprocessing.parent_process().pid  # not getppid(): it may be dead already
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
@@ -146,6 +150,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         student, teacher = model.load(c.folder), model.load(args.teacher)
         scores = tiny_scores(student, args.out / "world")
         scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
+        scores["step_ms"] = step_ms(args, steps)
         write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
@@ -153,6 +158,17 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         if (said := told(error)) is None:
             raise
         sys.exit(f"{args.name}: {said}")
+
+
+def step_ms(args: argparse.Namespace, steps: dict[str, int]) -> float:
+    """Milliseconds of a step after stage 1: of each stage the median of what it has logged."""
+    total = 0.0
+    for stage in list(steps)[1:]:
+        lines = (args.out / args.name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()
+        rates = [json.loads(line)["samples_per_s"] for line in lines if step_of(line)]
+        batch = recipes.configure(stage, args, ranks=1).global_batch
+        total += steps[stage] * 1000 * batch / max(statistics.median(rates), 1e-9)
+    return total / sum(list(steps.values())[1:])
 
 
 # ---------------------------------------------------------------- curves

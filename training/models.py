@@ -43,12 +43,7 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
         if c.method.taf:
             student.adapter.teacher = teacher.adapter
-    if "aux" in c.weights and not student.config.text.num_experts:
-        add_experts(student)
-    if "hidden" in c.weights:
-        widths = (vlm.config.text.hidden_size for vlm in (student, teacher))
-        student.projector = rivals.Projector(*widths).to(device)
-    choose_trained(student, c)
+    prepare_student(student, teacher, c)
     for parameter in student.parameters():  # what is frozen may be held in bfloat16: it is only read
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(frozen)
@@ -57,6 +52,16 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
         compile_layers(student, teacher)
     distils = c.weights.keys() - LM.keys()  # else only its adapter was fetched
     return student, teacher if distils else None
+
+
+def prepare_student(student: VLM, teacher: VLM | None, c: Config) -> None:
+    """What a stage's losses and --tune ask for: experts, a projector, LoRA; and what of it all is trained."""
+    if "aux" in c.weights and not student.config.text.num_experts:
+        add_experts(student)
+    if "hidden" in c.weights:
+        widths = (vlm.config.text.hidden_size for vlm in (student, teacher))
+        student.projector = rivals.Projector(*widths).to(student.device)
+    choose_trained(student, c)
 
 
 def add_experts(student: VLM) -> None:
