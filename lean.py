@@ -191,8 +191,11 @@ class _LogitLosses(torch.autograd.Function):
                     cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
                 if teacher is not None:
                     divergence = divergence_of(s, F.linear(teacher[rows], teacher_w))
-                (g,) = torch.autograd.grad(lm_weight * cross_entropy + kl_weight * divergence, s)
+                loss = lm_weight * cross_entropy + kl_weight * divergence
             lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
+            if not any(ctx.needs_input_grad):  # of a teacher
+                continue
+            (g,) = torch.autograd.grad(loss, s)
             dx[rows] = g @ w
             if dw is not None and g.dtype == dw.dtype:
                 dw.addmm_(g.T, x[rows])

@@ -6,6 +6,9 @@ text alone, one without answers, and padding full of large numbers.
 
 import json
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -764,27 +767,76 @@ def test_validation_of_the_rivals_losses(world, student, tmp_path, method, stage
             assert row[f"val_{name}"] == pytest.approx(row[name], rel=1e-4), name
 
 
+@pytest.fixture(scope="module", params=[
+    ("llava-kd", "1", "full"), ("llava-kd", "2", "lora"), ("llavadi", "2", "full"),
+    ("llava-mod", "3", "full"), ("llava-mod", "3", "lora"), ("llava-mod", "4", "full"),
+])  # fmt: skip
+def one_rank(request, world, student, tmp_path_factory):
+    """A few steps on one rank -> method, stage, flags, folder."""
+    method, stage, tune = request.param
+    # aux depends on how a batch is cut: so small that only its use is tested
+    aux = ["--weights", "aux=0.000001"] if stage in "34" else []
+    flags = ["--steps", 6, "--global-batch", 8, "--tune", tune, "--lora-rank", 4, *aux]
+    out = tmp_path_factory.mktemp("one_rank")
+    if stage in "34":
+        flags += ["--student", with_an_idle_expert(student, out / "student")]
+    run(command(world, student, out, method, stage, *flags, "--batch-size", 8))
+    return method, stage, flags, out
+
+
+def with_an_idle_expert(dense, folder):
+    """A student with five different experts, the first of which no token ever chooses."""
+    vlm = model.load(dense)
+    models.add_experts(vlm, 5)
+    for layer in vlm.lm.model.layers[::2]:
+        w = layer.mlp.router.weight.data  # of a and -a one is above 0, of b and -b, too
+        w[0], w[2], w[4] = 0, -w[1], -w[3]
+        for expert in layer.mlp.experts:
+            expert.down_proj.weight.data += 0.05 * torch.randn(expert.down_proj.weight.shape)
+    out = vlm(torch.randint(0, 300, (4, 20)))
+    assert all(0 not in g.topk(2).indices for g in out.routing.values())
+    vlm.save(folder)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-@pytest.mark.parametrize("method, stage, tune", [
-    ("llava-kd", "1", "full"), ("llava-kd", "2", "full"), ("llava-kd", "2", "lora"), ("llavadi", "2", "full"),
-    ("llavadi", "2", "lora"), ("llava-mod", "2", "full"), ("llava-mod", "3", "full"),
-    ("llava-mod", "3", "lora"), ("llava-mod", "4", "full"),
-])  # fmt: skip
-def test_ranks_do_not_change_the_training(world, student, tmp_path, method, stage, tune, parallel):
-    """Two ranks, stopped and gone on, are one rank; but for aux, which depends on how a batch is cut."""
-    aux = ["--weights", "aux=0.000001"] if stage in "34" else []  # so small that only its use is tested
-    flags = ["--steps", 6, "--global-batch", 8, "--tune", tune, "--lora-rank", 4, *aux]
-    run(command(world, student, tmp_path / "one", method, stage, *flags, "--batch-size", 8))
-    argv = command(
-        world, student, tmp_path / "two", method, stage, *flags, "--batch-size", 4, "--parallel", parallel
-    )
+def test_ranks_do_not_change_the_training(one_rank, world, student, tmp_path, parallel):
+    """Two ranks, stopped and gone on, are one rank; also where a rank's expert has no token."""
+    method, stage, flags, one = one_rank
+    flags = [*flags, "--batch-size", 4, "--parallel", parallel]
+    argv = command(world, student, tmp_path, method, stage, *flags)
     run(argv, 2, stop=3)
     run(argv, 2)
-    for a, b in zip(*(rows(tmp_path / out, f"stage{stage}.jsonl") for out in ("one", "two")), strict=True):
+    for a, b in zip(*(rows(out, f"stage{stage}.jsonl") for out in (one, tmp_path)), strict=True):
         for name in RIVALS[method].weights[stage]:
             assert a[name] == pytest.approx(b[name], rel=0.3 if name == "aux" else 1e-4, abs=1e-5), name
-    same_weights(*(load_file(tmp_path / out / f"x/stage{stage}/model.safetensors") for out in ("one", "two")))
+    same_weights(*(load_file(out / f"x/stage{stage}/model.safetensors") for out in (one, tmp_path)))
+
+
+@pytest.mark.slow
+def test_the_table_of_systems(tmp_path):
+    """`python -m tiny systems` in small, killed on its way: its files; it goes on with what there is."""
+    argv = [sys.executable, "-m", "tiny", "systems", "--out", str(tmp_path / "out"), "--steps", "16"]
+    process = subprocess.Popen(argv, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    scores, limit = tmp_path / "out/compodistill/scores.json", time.time() + 240
+    while not scores.exists():
+        assert process.poll() is None and time.time() < limit
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    model_file = tmp_path / "out/compodistill/stage3/model.safetensors"
+    before = model_file.stat().st_mtime_ns
+    done = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and model_file.stat().st_mtime_ns == before, done.stderr
+    written = (tmp_path / "out/systems.md").read_text()
+    assert written in done.stdout and written.count("of pairs have r_w > r_l") == 2
+    lines = [line.split(" | ") for line in written.splitlines() if line.startswith("| ")]
+    names = ["teacher", "sft", "llava-kd", "llavadi", "llava-mod", "compodistill"]
+    assert [line[0].strip("| ") for line in lines[2:]] == names
+    assert lines[0][-1] == "step_ms |" and all(float(line[-1].strip(" |")) > 0 for line in lines[3:])
+    table = json.loads((tmp_path / "out/systems.json").read_text())
+    assert list(table) == names and table["teacher"]["recognition"] > 99
 
 
 @pytest.mark.parametrize("precision, checkpointing", [("bf16", False), ("fp32", True)])

@@ -64,11 +64,11 @@ def prepare_student(student: VLM, teacher: VLM | None, c: Config) -> None:
     choose_trained(student, c)
 
 
-def add_experts(student: VLM) -> None:
+def add_experts(student: VLM, number: int = rivals.NUM_EXPERTS) -> None:
     """Up-cycle a dense student, in place: every other MLP becomes a mixture of experts."""
     text = student.config.text
-    moe.upcycle(student.lm.model.layers, text.hidden_size, rivals.NUM_EXPERTS)
-    student.lm.config = replace(text, num_experts=rivals.NUM_EXPERTS)
+    moe.upcycle(student.lm.model.layers, text.hidden_size, number)
+    student.lm.config = replace(text, num_experts=number)
     student.config = replace(student.config, text=student.lm.config)
 
 
