@@ -155,16 +155,39 @@ def logit_losses(
     targets: Tensor | None = None,
     lm_weight: float = 0.0,
     kl_weight: float = 1.0,
-    divergence: Callable[[Tensor, Tensor], Tensor] = distill.kl_divergence,
+    divergence: "Divergence | None" = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At rows (B,T) the sums of L_LM and L_KL -> their weighted sum, which alone has a gradient, and both.
 
     student, teacher: hidden states (B,T,C) and output matrix (V,C). targets (B,T): without them no L_LM,
-    without a teacher no L_KL. divergence: of logits (n,Vs) and (n,Vt), summed over the n rows.
+    without a teacher no L_KL, which is `kl_with_gradient` or another divergence.
     """
+    divergence = divergence or kl_with_gradient
     (hidden, head), (t_hidden, t_head) = student, teacher or (None, None)
     t_rows, targets = None if teacher is None else t_hidden[rows], None if targets is None else targets[rows]
     return _LogitLosses.apply(hidden[rows], head, targets, t_rows, t_head, lm_weight, kl_weight, divergence)
+
+
+# Logits (n,Vs) and (n,Vt) -> a divergence summed over the rows, and its gradient (n,V) at the student's, where
+# V is the smaller vocabulary.
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """distill.kl_divergence, and its gradient softmax(s) - softmax(t)."""
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_s = student_logits[:, :size].float().log_softmax(-1)
+    log_t = teacher_logits[:, :size].float().log_softmax(-1)
+    p_t = log_t.exp()
+    kl = torch.einsum("nv,nv->n", p_t, log_t.sub_(log_s)).sum()  # what is done in place saves an (n,V)
+    return kl, log_s.exp_().sub_(p_t)
+
+
+def cross_entropy_with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(s) at the targets (n,), summed, and its gradient: softmax(s), less 1 at the targets."""
+    log_s, at = logits.float().log_softmax(-1), targets[:, None]
+    cost = -log_s.gather(1, at).sum()
+    return cost, log_s.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=log_s.dtype))
 
 
 class _LogitLosses(torch.autograd.Function):
@@ -184,18 +207,16 @@ class _LogitLosses(torch.autograd.Function):
         step = GPU_LOGIT_ROWS if x.is_cuda else LOGIT_ROWS
         for i in range(0, len(x), step):
             rows = slice(i, i + step)
-            s = F.linear(x[rows], w).requires_grad_()  # (step,V), a leaf: grad mode is off here
-            with torch.enable_grad():
-                cross_entropy = divergence = torch.zeros_like(kl)
-                if targets is not None:
-                    cross_entropy = F.cross_entropy(s.float(), targets[rows], reduction="sum")
-                if teacher is not None:
-                    divergence = divergence_of(s, F.linear(teacher[rows], teacher_w))
-                loss = lm_weight * cross_entropy + kl_weight * divergence
-            lm, kl = lm + cross_entropy.detach(), kl + divergence.detach()
+            s, g = F.linear(x[rows], w), 0.0  # (step,V)
+            if targets is not None:
+                cost, g_lm = cross_entropy_with_gradient(s, targets[rows])
+                lm, g = lm + cost, g_lm.mul_(lm_weight)
+            if teacher is not None:
+                cost, g_kl = divergence_of(s, F.linear(teacher[rows], teacher_w))
+                kl, g = kl + cost, F.pad(g_kl.mul_(kl_weight), (0, s.shape[1] - g_kl.shape[1])).add_(g)
             if not any(ctx.needs_input_grad):  # of a teacher
                 continue
-            (g,) = torch.autograd.grad(loss, s)
+            g = g.to(x.dtype)
             dx[rows] = g @ w
             if dw is not None and g.dtype == dw.dtype:
                 dw.addmm_(g.T, x[rows])

@@ -171,6 +171,25 @@ def relation_loss_of_states(
     return relation_distance(*r, batch["has_image"])
 
 
+def z_scored_kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """z_scored_kl, and its gradient at the student's logits (n,Vs), cut to the smaller V.
+
+    With z = (s - mean s) / std s and g the gradient at z: (g - mean g - z (g . z) / (V - 1)) / std s.
+    """
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+
+    def scores(logits: Tensor) -> tuple[Tensor, Tensor]:  # z_scored in one matrix, and std
+        z = logits[:, :size].float()
+        z = z - z.mean(-1, keepdim=True)
+        std = 1e-7 + z.norm(dim=-1, keepdim=True) / (size - 1) ** 0.5
+        return z.div_(std), std
+
+    z, std = scores(student_logits)
+    kl, g = lean.kl_with_gradient(z, scores(teacher_logits)[0])
+    share = torch.einsum("nv,nv->n", g, z)[:, None] / (size - 1)
+    return kl, g.sub_(g.mean(-1, keepdim=True)).sub_(z.mul_(share)).div_(std)
+
+
 class Gram(torch.autograd.Function):
     """W (V,C) -> W^T W (C,C) in float32, some rows of W at a time; the gradient is W (dG + dG^T)."""
 
@@ -258,7 +277,8 @@ def rival_terms(
         if whole:
             terms["all_kl"] = all_kl_loss(student.logits, teacher.logits, tokens)
         else:
-            loss, *_ = lean.logit_losses(of_student, of_teacher, tokens, divergence=z_scored_kl)
+            divergence = z_scored_kl_with_gradient
+            loss, *_ = lean.logit_losses(of_student, of_teacher, tokens, divergence=divergence)
             terms["all_kl"] = Term(loss, tokens.sum())
     if "hidden" in weights:
         terms["hidden"] = hidden_loss(projected, teacher.hidden, tokens)

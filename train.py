@@ -96,7 +96,7 @@ class Step(nn.Module):
         # no attention mask: causality hides padding on the right
         with torch.no_grad():  # frozen, so held in the dtype of its products
             z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
-            if batch["pairs"]:  # two answers about each picture: all chosen ones, then all rejected ones
+            if batch.get("pairs"):  # two answers about each picture: all chosen ones, then all rejected ones
                 z = z.repeat(2, 1, 1)
             if teacher is not None:
                 teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)

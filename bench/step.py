@@ -483,15 +483,10 @@ def vat(options: argparse.Namespace) -> None:
 
 def systems(options: argparse.Namespace) -> None:
     """A step of each other system beside plain KD's, and beside its own with whole matrices (--plain)."""
-    plain = {f"{name}, plain": [*flags, "--plain"] for name, flags in SYSTEMS.items()}
-    groups = [{name: ([*flags], options.shape, 0) for name, flags in SYSTEMS.items()}]
-    groups += [
-        {"kd": (SYSTEMS["kd"], options.shape, 0), name: (flags, options.shape, 0)}
-        for name, flags in plain.items()
-    ]
     table, rows = [["", "s/step", "fastest", "peak GB", "time / KD", "memory / KD"]], {}
-    for group in groups:  # of whole matrices one at a time: together they would not fit
-        found = measure(group, options)
+    for name, flags in SYSTEMS.items():  # one at a time: together they would not fit
+        group = {"kd": SYSTEMS["kd"], name: flags, f"{name}, plain": [*flags, "--plain"]}
+        found = measure({name: (flags, options.shape, 0) for name, flags in group.items()}, options)
         for name, row in found.items():
             times = ratio(row, found["kd"]), row["peak_gb"] / found["kd"]["peak_gb"]
             if name not in rows:
