@@ -168,8 +168,8 @@ def logit_losses(
     return _LogitLosses.apply(hidden[rows], head, targets, t_rows, t_head, lm_weight, kl_weight, divergence)
 
 
-# Logits (n,Vs) and (n,Vt) -> a divergence summed over the rows, and its gradient (n,V) at the student's, where
-# V is the smaller vocabulary.
+# Logits (n,Vs) and (n,Vt) -> a divergence summed over the rows, and its gradient (n,V) at the student's; V is
+# the smaller vocabulary.
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
