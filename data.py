@@ -123,7 +123,7 @@ def pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool
     """The conversation from left to right as (text, supervised), with IMAGE_MARK and END_OF_TEXT."""
     turns = conversations if isinstance(conversations, list) else []
     if not turns or not all(isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in turns):
-        raise BadInput('"conversations" is not a list of {"from": ..., "value": text}')
+        raise BadInput('a conversation is a list of {"from": ..., "value": text}')
     if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
         raise BadInput("a conversation is an even number of turns, human and gpt alternating, human first")
     if sum(turn["value"].count(IMAGE_MARK) for turn in turns[::2]) > 1:
@@ -277,6 +277,8 @@ class LlavaDataset(torch.utils.data.Dataset):
                 f"{least} is the least, and useful are many more"
             )
         self.records = Records(files)
+        if pairs and "chosen" not in self.records[0]:
+            raise BadInput(f'{files[0]}: no pairs of answers; give records with "chosen" and "rejected"')
         self.places = np.arange(len(self.records))  # of the records that are used
         if only_pictures:
             self.places = np.flatnonzero(self.records.has_image)
@@ -335,6 +337,8 @@ class LlavaDataset(torch.utils.data.Dataset):
         sample, *others = samples = [self.text_of(record, name, image) for name in names]
         if others and questions(record["chosen"]) != questions(record["rejected"]):
             raise BadInput('"chosen" and "rejected" do not have the same questions')
+        if len({IMAGE_TOKEN in one["input_ids"] for one in samples}) > 1:
+            raise NothingToLearn("the picture is cut off before one of the two answers")
         if IMAGE_TOKEN in sample["input_ids"]:
             pixel_values = preprocess(inside(images, image), self.image_size)
             for one in samples:
@@ -347,8 +351,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         try:
             ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
         except BadInput as error:
-            said = str(error).removeprefix('"conversations" ')
-            raise BadInput(f'"{name}" {said}' if said != str(error) else f'"{name}": {said}') from None
+            raise BadInput(f'"{name}": {error}') from None
         if (IMAGE_TOKEN in ids) != bool(image):
             raise BadInput(f"{IMAGE_MARK} in its text and a picture go together")
         cut_off = self.max_length is not None and len(ids) > self.max_length
@@ -364,8 +367,8 @@ class LlavaDataset(torch.utils.data.Dataset):
 
 
 def questions(turns: list[dict]) -> list[str]:
-    """What is asked in a conversation."""
-    return [turn["value"] for turn in turns if turn["from"] == "human"]
+    """What is asked in a conversation, and answered."""
+    return [turn["value"] for turn in as_llava_reads(turns)[::2]]
 
 
 def as_llava_reads(turns: list[dict]) -> list[dict]:

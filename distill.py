@@ -352,7 +352,7 @@ def next_tokens(labels: Tensor) -> Tensor:
 class Method:
     """One row of the paper's tables, as a value."""
 
-    # stages, in their order -> the terms of their loss, and its weights
+    # stages, all of them and in their order -> the terms of their loss, and what each weighs
     weights: Mapping[str, Mapping[str, float]]
     taf: bool = True  # the student fetches the teacher's adapter; else it has one of its own
     kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
@@ -360,11 +360,10 @@ class Method:
     rows: str = "all"  # the queries that are compared, one of ROWS (--vat-queries)
     layers: str = "intermediate"  # those that are aligned: one of DEPTH_RANGES, or released
     matching: str = "group"  # of student and teacher layers, one of MATCHINGS
+    sparse: str = ""  # the stages in which the student has experts (rivals.py)
 
 
-# These read what the last layer gives alone, any other may read attention maps. All but lm and kl are of the
-# other systems of the paper's table, in rivals.py.
-OUTPUT_LOSSES = {"lm", "kl", "image_kl", "relation", "all_kl", "hidden", "aux", "preference"}
+LOGIT_LOSSES = {"lm", "kl"}  # they read logits alone; any other may read attention maps
 
 LM, LM_KL = {"lm": 1.0}, {"lm": 1.0, "kl": 1.0}
 LM_KL_ADL = {"lm": 1.0, "kl": 1.0, "adl": 1.0}

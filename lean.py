@@ -3,6 +3,7 @@
     in distill.py                                here
     attention maps (B,H,T,T) of a layer          VisualAttention: some rows and columns, head mean, (B,R,P)
     logits (B,T,V)                               answer_losses: at the answers, some of them at a time
+    gradients of L_LM and L_KL by autograd       written out: differences of probabilities
     distillation_loss                            distillation_loss, the same value and gradient
 
 Nothing else is different: matching, distances and counts are distill.py's. tests/test_lean.py equates a whole

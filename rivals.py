@@ -9,7 +9,8 @@
 
 L_LM and L_KL are those of distill.py. Nobody looks at attention: that is what CompoDistill adds. The student
 has an adapter of its own (no TAF). These are our implementations of what the papers and their code say, not
-their authors' runs; where the two differ, a comment says which one this is.
+their authors' runs; where the two differ, a comment says which one this is. All stages have data.py's chat
+template, also LLaVA-KD's first, which its authors train on bare captions.
 
 Each loss is here on whole matrices, to be read, and `--plain` trains with it. Where that would need logits of
 every token, (T,V) a sample, the same number without them stands below, and tests/test_rivals.py equates them.
@@ -70,7 +71,8 @@ def relation_distance(student: Tensor, teacher: Tensor, has_image: Tensor) -> Te
 def all_kl_loss(student_logits: Tensor, teacher_logits: Tensor, tokens: Tensor) -> Term:
     """KL of z-scored logits at every token, (B,T,V) of both, tokens (B,T): all but padding.
 
-    One sum and one count. The released code averages each sample first, and then the samples.
+    One sum and one count. The released code averages each sample first, without those that have no answer,
+    and then the samples.
     """
     return Term(z_scored_kl(student_logits[tokens], teacher_logits[tokens]), tokens.sum())
 
@@ -115,7 +117,8 @@ def balance_loss(routing: Mapping[int, Tensor], tokens: Tensor) -> Term:
 
     routing: {layer: g (B,T,E)}. 1 a layer where all experts are used alike. A product of two means is no sum
     over tokens: the number given is n times it, for n tokens (B,T), so that several micro-batches are
-    averaged by their tokens. So it depends on how a batch is cut. The released code counts padding, too.
+    averaged by their tokens. So it depends on how a batch is cut. The released code counts padding, too, and
+    adds the loss twice: in dense-to-sparse by mistake, with preferences once for either answer.
     """
     n, total = tokens.sum(), torch.zeros((), device=tokens.device)
     for g in routing.values():
@@ -149,8 +152,11 @@ def preference_loss(student_log_p: Tensor, teacher_log_p: Tensor, whole: Tensor)
 def log_p(logits: Tensor, labels: Tensor) -> Tensor:
     """log p of each sample's answer, summed over its tokens: logits (B,T,V), labels (B,T) -> (B,)."""
     targets = distill.next_tokens(labels)
-    costs = F.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none", ignore_index=IGNORE)
-    return -costs.masked_fill(targets == IGNORE, 0).sum(1)  # (B,T) -> (B,)
+    answers = targets != IGNORE
+    costs = F.cross_entropy(logits[answers].float(), targets[answers], reduction="none")  # (n,)
+    return (
+        -torch.zeros_like(targets, dtype=costs.dtype).masked_scatter(answers, costs).sum(1)
+    )  # (B,T) -> (B,)
 
 
 def whole_pairs(labels: Tensor) -> Tensor:
@@ -169,25 +175,6 @@ def relation_loss_of_states(
     h = [at_columns(x, columns).float() for x in (student, teacher)]  # (B,P,C)
     r = [x @ gram @ x.transpose(1, 2) for x, gram in zip(h, (student_gram, teacher_gram))]  # (B,P,P)
     return relation_distance(*r, batch["has_image"])
-
-
-def z_scored_kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """z_scored_kl, and its gradient at the student's logits (n,Vs), cut to the smaller V.
-
-    With z = (s - mean s) / std s and g the gradient at z: (g - mean g - z (g . z) / (V - 1)) / std s.
-    """
-    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-
-    def scores(logits: Tensor) -> tuple[Tensor, Tensor]:  # z_scored in one matrix, and std
-        z = logits[:, :size].float()
-        z = z - z.mean(-1, keepdim=True)
-        std = 1e-7 + z.norm(dim=-1, keepdim=True) / (size - 1) ** 0.5
-        return z.div_(std), std
-
-    z, std = scores(student_logits)
-    kl, g = lean.kl_with_gradient(z, scores(teacher_logits)[0])
-    share = torch.einsum("nv,nv->n", g, z)[:, None] / (size - 1)
-    return kl, g.sub_(g.mean(-1, keepdim=True)).sub_(z.mul_(share)).div_(std)
 
 
 class Gram(torch.autograd.Function):
@@ -219,6 +206,25 @@ def gram_of(head: Tensor, size: int, kept: dict[str, Tensor], name: str) -> Tens
     return kept[name]
 
 
+def z_scored_kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """z_scored_kl, and its gradient at the student's logits (n,Vs), cut to the smaller V.
+
+    With z = (s - mean s) / std s and g the gradient at z: (g - mean g - z (g . z) / (V - 1)) / std s.
+    """
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+
+    def scores(logits: Tensor) -> tuple[Tensor, Tensor]:  # z_scored in one matrix, and std
+        z = logits[:, :size].float()
+        z = z - z.mean(-1, keepdim=True)
+        std = 1e-7 + z.norm(dim=-1, keepdim=True) / (size - 1) ** 0.5
+        return z.div_(std), std
+
+    z, std = scores(student_logits)
+    kl, g = lean.kl_with_gradient(z, scores(teacher_logits)[0])
+    share = torch.einsum("nv,nv->n", g, z)[:, None] / (size - 1)
+    return kl, g.sub_(g.mean(-1, keepdim=True)).sub_(z.mul_(share)).div_(std)
+
+
 def log_p_of_states(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
     """log_p from hidden states (B,T,C) and a head (V,C): one answer at a time, for each has its gradient."""
     targets, sums = distill.next_tokens(labels), []
@@ -233,14 +239,18 @@ LLAVA_KD = LM_KL | {"image_kl": 1.0, "relation": 0.5}  # 0.5 in the paper, 1 in 
 RIVALS = {
     "llava-kd": Method({"1": LLAVA_KD, "3": LM, "2": LLAVA_KD}, taf=False),
     "llavadi": Method({"1": LM, "2": LM | {"all_kl": 1.0, "hidden": 1.0}}, taf=False),
-    # dense to dense; dense to sparse; preference
+    # dense to dense; dense to sparse; preference. L_KL one position before each answer, as everywhere here,
+    # where the released code has it at the answers.
     "llava-mod": Method(
         {"1": LM, "2": {"kl": 1.0}, "3": LM_KL | {"aux": 0.01}, "4": {"preference": 1.0, "aux": 0.01}},
         taf=False,
+        sparse="34",
     ),
 }
-TERMS = distill.OUTPUT_LOSSES - {"lm", "kl"}
 NUM_EXPERTS = 4  # of LLaVA-MoD
+TERMS = {"image_kl", "relation", "all_kl", "hidden", "aux", "preference"}
+OF_PICTURES = {"image_kl", "relation"}  # nothing without one
+OUTPUT_LOSSES = distill.LOGIT_LOSSES | TERMS  # they read what the last layer gives; others may read attention
 
 
 def rival_terms(

@@ -74,16 +74,16 @@ class Step(nn.Module):
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
-        self.kept: dict[str, Tensor] = {}  # what follows from frozen weights, made once
+        self.kept: dict[str, Tensor] = {}  # Gram matrices of frozen heads (rivals.py)
         self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
         stages = method.weights.values()
-        if teacher is not None and any(terms.keys() - distill.OUTPUT_LOSSES for terms in stages):
+        if teacher is not None and any(terms.keys() - rivals.OUTPUT_LOSSES for terms in stages):
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
             try:
                 layers = distill.aligned_layers(method, *depths)
             except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
                 raise BadInput(str(error)) from None
-            if weights.keys() - distill.OUTPUT_LOSSES:
+            if weights.keys() - rivals.OUTPUT_LOSSES:
                 self.student_layers, self.teacher_layers = layers
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:
@@ -329,7 +329,7 @@ def check_forms(step: Step, batch: dict, totals: dict[str, Tensor]) -> None:
 
 def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset:
     """--data, or the tiny world's, which rank 0 makes; samples no longer than the models hold."""
-    world, pairs = c.out / "world", "preference" in c.weights
+    world, captions, pairs = c.out / "world", c.stage in ("0a", "1"), "preference" in c.weights
     if c.data is None and rank_and_ranks()[0] == 0:
         make_world(world)
         if pairs:
@@ -337,8 +337,7 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
     barrier()
     held = [vlm.config.text.max_position_embeddings for vlm in (student, teacher) if vlm]
     dataset = data.LlavaDataset(
-        c.data
-        or [world / f"{'tune-pairs' if pairs else 'pretrain' if c.stage in ('0a', '1') else 'tune'}.json"],
+        c.data or [world / ("pretrain.json" if captions else "tune-pairs.json" if pairs else "tune.json")],
         c.images or [world / "images"],
         student.tokenizer,
         student.num_image_tokens,
@@ -346,13 +345,13 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         template="pretrain" if c.stage == "0a" else "chat",
         max_length=min(c.max_length, *held),
         skip_bad=c.skip_bad_samples,
-        only_pictures=c.stage in ("0a", "1"),
+        only_pictures=captions,
         pairs=pairs,
     )
-    if c.weights.keys() - distill.OUTPUT_LOSSES and not dataset.records.has_image.any():
-        raise BadInput(
-            f"{dataset.records.files[0]}: no record has a picture, over which L_ADL compares attention"
-        )
+    of_attention, of_pictures = c.weights.keys() - rivals.OUTPUT_LOSSES, c.weights.keys() & rivals.OF_PICTURES
+    if (of_attention or of_pictures) and not dataset.records.has_image.any():
+        what = "over which L_ADL compares attention" if of_attention else "which this method distils"
+        raise BadInput(f"{dataset.records.files[0]}: no record has a picture, {what}")
     return dataset
 
 

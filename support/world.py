@@ -288,8 +288,8 @@ def make_pairs(folder: Path, name: str = "tune") -> Path:
         question = f"{IMAGE_MARK}\n{question.removeprefix(IMAGE_MARK).strip()}"
         wrong = rng.choice([x for family in FAMILIES if answer in family for x in family if x != answer])
         pair = {"id": record["id"], "image": record["image"]}
-        for name, value in (("chosen", answer), ("rejected", wrong)):
-            pair[name] = [{"from": "human", "value": question}, {"from": "gpt", "value": value}]
+        for which, value in (("chosen", answer), ("rejected", wrong)):
+            pair[which] = [{"from": "human", "value": question}, {"from": "gpt", "value": value}]
         records.append(pair)
     write_atomically(file, json.dumps(records))
     return file

@@ -435,8 +435,10 @@ def test_golden_preference(whole, wide, monkeypatch):
 
 @FORMS
 def test_a_pair_without_an_answer_counts_nothing(whole):
-    """Neither of its two; the others are as without it."""
+    """Neither of its two; the others are as without it. Nor does padding, whatever stands there."""
     student, teacher, head, t_head, labels = golden_pairs()
+    student[:, -1] = torch.nan  # no label stands there or after it
+    assert (labels[:, -1] == IGNORE).all()
     student.requires_grad_()
     labels[4] = IGNORE  # the second pair's rejected answer
     batch = {"labels": labels, "attention_mask": labels == labels}
@@ -502,10 +504,10 @@ def test_a_batch_of_pairs(world):
     "change, said",
     [
         (lambda r: r["rejected"][0].update(value="<image>\nAnother one?"), "do not have the same questions"),
-        (lambda r: r.pop("rejected"), '"rejected" is not a list'),
+        (lambda r: r.pop("rejected"), '"rejected": a conversation is a list'),
         (lambda r: r.update(chosen=r["chosen"][:1]), '"chosen": a conversation is an even number of turns'),
         (lambda r: r.update(image=""), "go together"),
-        (lambda r: r["rejected"][1].update(value=3), '"rejected" is not a list'),
+        (lambda r: r["rejected"][1].update(value=3), '"rejected": a conversation is a list'),
     ],
 )
 def test_pairs_that_are_none(world, tmp_path, change, said):
@@ -525,9 +527,9 @@ def test_pairs_that_are_none(world, tmp_path, change, said):
 
 def test_conversations_and_pairs_are_told_apart(world):
     tokenizer = data.load_tokenizer(TINY / "teacher")
-    with pytest.raises(BadInput, match='"conversations" is not a list'):
+    with pytest.raises(BadInput, match='"conversations": a conversation is a list'):
         data.LlavaDataset(world / "tune-pairs.json", world / "images", tokenizer, 16, 40)[0]
-    with pytest.raises(BadInput, match='"chosen"'):
+    with pytest.raises(BadInput, match='tune.json: no pairs of answers; give records with "chosen" and "re'):
         data.LlavaDataset(world / "tune.json", world / "images", tokenizer, 16, 40, pairs=True)[0]
 
 
@@ -538,6 +540,40 @@ def test_a_pair_whose_answer_is_cut_off_is_passed_over(world):
     assert len(dataset[0]["rejected"]["labels"]) == len(record["labels"]) > most
     with pytest.raises(BadInput, match="records in a row are bad"):
         pairs_of(world, max_length=min(len(dataset[i]["labels"]) for i in range(24)) - 4)[0]
+
+
+def one_pair(tmp_path, chosen, rejected, **more):
+    """A data set of one pair, of which the turns are given as texts, human and gpt alternating."""
+    folder = make_world(tmp_path / "world", tune=2, pretrain=1, per_kind=1)
+    turns = [
+        [{"from": ("human", "gpt")[i % 2], "value": x} for i, x in enumerate(ts)] for ts in (chosen, rejected)
+    ]
+    pair = {"id": "p", "image": "tune-0.png", "chosen": turns[0], "rejected": turns[1]}
+    (tmp_path / "pairs.json").write_text(json.dumps([pair]))
+    tokenizer = data.load_tokenizer(TINY / "teacher")
+    return data.LlavaDataset(
+        tmp_path / "pairs.json", folder / "images", tokenizer, 16, 40, pairs=True, **more
+    )
+
+
+def test_a_picture_that_is_cut_off_of_one_answer(tmp_path):
+    """It stands in the second question, and the first chosen answer is long."""
+    long, short = (
+        ["What is it?", "red " * 60, "<image>\nAnd?", "blue"],
+        ["What is it?", "red", "<image>\nAnd?", "blue"],
+    )
+    assert one_pair(tmp_path / "whole", long, short)[0]["pixel_values"].shape == (3, 40, 40)
+    for name, pair in (("a", (long, short)), ("b", (short, long))):
+        with pytest.raises(
+            BadInput, match="record 'p': the picture is cut off before one of the two answers"
+        ):
+            one_pair(tmp_path / name, *pair, max_length=60)[0]
+
+
+def test_a_question_without_an_answer_is_left_out_of_a_pair(tmp_path):
+    sample = one_pair(tmp_path, ["<image>\nWhat is it?", "red", "And?"], ["<image>\nWhat is it?", "blue"])[0]
+    assert sample["mended"] and not sample["rejected"]["mended"]
+    assert len(sample["input_ids"]) == len(sample["rejected"]["input_ids"])
 
 
 # ---------------------------------------------------------------- flags
@@ -566,7 +602,20 @@ def refused(capsys, *words):
         ("--method llava-kd --weights kl", "--weights kl: "),
         ("--method llava-kd --weights kl=-1", "--weights kl=-1: "),
         ("--method llava-kd --weights kl=nan", "--weights kl=nan: "),
-        ("--method llavadi --kl-weight 1", "--kl-weight: stage 1 of llavadi has no L_KL; see --weights"),
+        ("--method llavadi --kl-weight 1", "kl=1.0: llavadi has no such term, but lm, all_kl, hidden"),
+        ("--method llava-kd --stage 3 --kl-weight 1", "kl=1.0: stage 3 of llava-kd has no such term, but lm"),
+        ("--method llava-kd --kl-weight 1 --weights kl=2", "kl=2: this weight is given twice"),
+        ("--kl-weight 1 --weights kl=2", "kl=2: this weight is given twice"),
+        ("--weights adl=2 --vat-weight 1", "adl=2: this weight is given twice"),
+        ("--weights kl=2 --weights kl=3", "kl=2: this weight is given twice"),
+        ("--weights lm=2 --stage 0", "--weights: stage 0 makes a teacher, with L_LM alone"),
+        ("--method llava-mod --stage 2 --weights kl=0", "stage 2 has no loss left"),
+        ("--method sft --weights lm=0", "stage 1 has no loss left"),
+        (
+            "--method llava-mod --stage 4 --weights preference=0",
+            "stage 4 has no loss left but the balance of ex",
+        ),
+        ("--method llava-kd --data x --images y", "run --stage 1, 3, 2 each on its own"),
         ("--method llavadi --stage 3", "--method llavadi has no stage 3, but 1, 2"),
         ("--method compodistill --stage 4", "--method compodistill has no stage 4, but 1, 2, 3"),
         (
@@ -588,6 +637,9 @@ def test_weights_of_terms():
     c = config("--method", "llava-mod", "--weights", "kl=0.5", stage="3")
     assert c.weights == {"lm": 1.0, "kl": 0.5, "aux": 0.01} and c.method.weights["2"] == {"kl": 1.0}
     assert config("--method", "llavadi", "--weights", "hidden=0").weights == {"lm": 1.0, "all_kl": 1.0}
+    c = config("--method", "llava-mod", "--kl-weight", "0.5", stage="2")
+    assert c.weights == {"kl": 0.5} and c.method.weights["3"]["kl"] == 1.0
+    assert config("--weights", "kl=3", "--weights", "lm=2").weights == {"lm": 2.0, "kl": 3.0, "adl": 1.0}
     assert config("--weights", "adl=3").weights == config("--vat-weight", "3").weights
 
 
@@ -648,6 +700,22 @@ def student(world, tmp_path_factory):
     return out / "x/stage1"
 
 
+@pytest.fixture(scope="module")
+def experts(student, tmp_path_factory):
+    """A student with five different experts, the first of which no token ever chooses."""
+    vlm, folder = model.load(student), tmp_path_factory.mktemp("experts") / "student"
+    models.add_experts(vlm, 5)
+    for layer in vlm.lm.model.layers[::2]:
+        w = layer.mlp.router.weight.data  # of a and -a one is above 0, of b and -b, too
+        w[0], w[2], w[4] = 0, -w[1], -w[3]
+        for expert in layer.mlp.experts:
+            expert.down_proj.weight.data += 0.05 * torch.randn(expert.down_proj.weight.shape)
+    out = vlm(torch.randint(0, 300, (4, 20)))
+    assert all(0 not in g.topk(2).indices for g in out.routing.values())
+    vlm.save(folder)
+    return folder
+
+
 def command(world, student, out, method, stage, *flags):
     file = {"1": "pretrain", "4": "tune-pairs"}.get(stage, "tune")
     where = ["--data", world / f"{file}.json", "--images", world / "images", "--out", out, "--name", "x"]
@@ -658,10 +726,12 @@ def command(world, student, out, method, stage, *flags):
 
 
 @pytest.mark.parametrize("method, stage", STAGES)
-def test_a_step_of_plain_and_lean_is_one(world, student, method, stage, tmp_path, monkeypatch):
+def test_a_step_of_plain_and_lean_is_one(world, student, experts, method, stage, tmp_path, monkeypatch):
     """The same loss, terms and gradient of every trained parameter; sums are divided by their counts."""
     monkeypatch.setattr(lean, "LOGIT_ROWS", 7)
-    args = recipes.parse_args("", command(world, student, tmp_path, method, stage))
+    args = recipes.parse_args(
+        "", command(world, experts if stage == "4" else student, tmp_path, method, stage)
+    )
     c = recipes.configure(stage, args, 1)
     torch.manual_seed(0)
     vlm, teacher = models.load_models(c, "cpu")
@@ -756,11 +826,11 @@ def test_the_projector_is_trained_clipped_and_saved(world, student, tmp_path, mo
 
 
 @pytest.mark.parametrize("method, stage", [("llavadi", "2"), ("llava-mod", "4")])
-def test_validation_of_the_rivals_losses(world, student, tmp_path, method, stage):
+def test_validation_of_the_rivals_losses(world, student, experts, tmp_path, method, stage):
     """On the records of training, at rate almost 0: the same numbers as in training."""
     file = world / f"{'tune-pairs' if stage == '4' else 'tune'}.json"
     flags = ["--steps", 1, "--batch-size", 24, "--lr", 1e-12, "--val-data", file, "--val-every", 1]
-    train.main(command(world, student, tmp_path, method, stage, *flags))
+    train.main(command(world, experts if stage == "4" else student, tmp_path, method, stage, *flags))
     (row,) = rows(tmp_path, f"stage{stage}.jsonl")
     for name in RIVALS[method].weights[stage]:
         if name != "aux":
@@ -771,41 +841,25 @@ def test_validation_of_the_rivals_losses(world, student, tmp_path, method, stage
     ("llava-kd", "1", "full"), ("llava-kd", "2", "lora"), ("llavadi", "2", "full"),
     ("llava-mod", "3", "full"), ("llava-mod", "3", "lora"), ("llava-mod", "4", "full"),
 ])  # fmt: skip
-def one_rank(request, world, student, tmp_path_factory):
+def one_rank(request, world, student, experts, tmp_path_factory):
     """A few steps on one rank -> method, stage, flags, folder."""
     method, stage, tune = request.param
     # aux depends on how a batch is cut: so small that only its use is tested
     aux = ["--weights", "aux=0.000001"] if stage in "34" else []
     flags = ["--steps", 6, "--global-batch", 8, "--tune", tune, "--lora-rank", 4, *aux]
     out = tmp_path_factory.mktemp("one_rank")
-    if stage in "34":
-        flags += ["--student", with_an_idle_expert(student, out / "student")]
+    student = experts if stage in "34" else student
     run(command(world, student, out, method, stage, *flags, "--batch-size", 8))
     return method, stage, flags, out
 
 
-def with_an_idle_expert(dense, folder):
-    """A student with five different experts, the first of which no token ever chooses."""
-    vlm = model.load(dense)
-    models.add_experts(vlm, 5)
-    for layer in vlm.lm.model.layers[::2]:
-        w = layer.mlp.router.weight.data  # of a and -a one is above 0, of b and -b, too
-        w[0], w[2], w[4] = 0, -w[1], -w[3]
-        for expert in layer.mlp.experts:
-            expert.down_proj.weight.data += 0.05 * torch.randn(expert.down_proj.weight.shape)
-    out = vlm(torch.randint(0, 300, (4, 20)))
-    assert all(0 not in g.topk(2).indices for g in out.routing.values())
-    vlm.save(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_ranks_do_not_change_the_training(one_rank, world, student, tmp_path, parallel):
+def test_ranks_do_not_change_the_training(one_rank, world, student, experts, tmp_path, parallel):
     """Two ranks, stopped and gone on, are one rank; also where a rank's expert has no token."""
     method, stage, flags, one = one_rank
     flags = [*flags, "--batch-size", 4, "--parallel", parallel]
-    argv = command(world, student, tmp_path, method, stage, *flags)
+    argv = command(world, experts if stage in "34" else student, tmp_path, method, stage, *flags)
     run(argv, 2, stop=3)
     run(argv, 2)
     for a, b in zip(*(rows(out, f"stage{stage}.jsonl") for out in (one, tmp_path)), strict=True):
@@ -830,13 +884,47 @@ def test_the_table_of_systems(tmp_path):
     done = subprocess.run(argv, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0 and model_file.stat().st_mtime_ns == before, done.stderr
     written = (tmp_path / "out/systems.md").read_text()
-    assert written in done.stdout and written.count("of pairs have r_w > r_l") == 2
+    assert written in done.stdout and written.count("(r_w > r_l)") == 2
     lines = [line.split(" | ") for line in written.splitlines() if line.startswith("| ")]
     names = ["teacher", "sft", "llava-kd", "llavadi", "llava-mod", "compodistill"]
     assert [line[0].strip("| ") for line in lines[2:]] == names
     assert lines[0][-1] == "step_ms |" and all(float(line[-1].strip(" |")) > 0 for line in lines[3:])
     table = json.loads((tmp_path / "out/systems.json").read_text())
     assert list(table) == names and table["teacher"]["recognition"] > 99
+
+
+def test_experts_belong_to_the_stage_and_not_to_the_weight_of_their_balance(world, student, tmp_path):
+    """With aux=0 it has experts, too, and trains what it trains with it; stage 4 makes none."""
+    flags = ["--steps", 1, "--batch-size", 2, "--weights", "aux=0"]
+    train.main(command(world, student, tmp_path / "3", "llava-mod", "3", *flags))
+    made = tmp_path / "3/x/stage3"
+    assert model.load(made).config.text.num_experts == 4
+    train.main(command(world, made, tmp_path / "4", "llava-mod", "4", *flags))
+    before, after = (load_file(folder / "model.safetensors") for folder in (made, tmp_path / "4/x/stage4"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".mlp." in name or name.startswith("adapter.") for name in changed)
+    with pytest.raises(SystemExit, match="stage1 has no experts; run --stage 3, which makes them"):
+        train.main(command(world, student, tmp_path / "no", "llava-mod", "4", *flags))
+
+
+def test_data_without_pictures_are_no_data_of_llava_kd(world, student, tmp_path):
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+    (tmp_path / "text.json").write_text(
+        json.dumps([{"id": str(i), "conversations": turns} for i in range(4)])
+    )
+    argv = command(world, student, tmp_path, "llava-kd", "2", "--steps", 1, "--data", tmp_path / "text.json")
+    with pytest.raises(SystemExit, match="text.json: no record has a picture, which this method distils"):
+        train.main(argv)
+
+
+def test_the_command_of_the_stage_before_has_the_weights_that_it_has(tmp_path, capsys):
+    """And no other: it is not refused."""
+    where = ["--method", "llava-mod", "--stage", "4", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="stage3 is missing; make it with `(.*)`") as error:
+        train.main([*where, "--weights", "preference=2", "aux=0.1"])
+    words = str(error.value).split("`")[1].split()
+    assert words[words.index("--weights") + 1 :] == ["aux=0.1"]
+    recipes.parse_args("", words[2:])
 
 
 @pytest.mark.parametrize("precision, checkpointing", [("bf16", False), ("fp32", True)])

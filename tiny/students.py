@@ -40,21 +40,8 @@ def train_students(args: argparse.Namespace) -> None:
     recipe = recipes.RECIPES["tiny"]
     share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
     steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
-    if "RANK" in os.environ:
-        raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
-    teacher_print = fingerprint(find(args.teacher))
     if (args.out / "results.json").exists():
-        run = args.out / "kd/stage2.run/run.json"
-        before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
-        if before.get("teacher") != teacher_print:
-            raise BadInput(
-                f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
-            )
-        if (before.get("seed"), before.get("steps")) != (args.seed, steps["2"]):
-            raise BadInput(
-                f"{args.out} has students of --seed {before.get('seed')} --steps {before.get('steps')}; "
-                "choose another --out"
-            )
+        check_same(args, "kd", steps["2"])
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
         print(f"finished already, {one_line(args.out)}\n\n{table(rows)}")
         if not (args.out / "curves.png").exists():
@@ -66,11 +53,7 @@ def train_students(args: argparse.Namespace) -> None:
     for name in ("attention.png", "curves.png"):
         check_output(args.out / name, MADE)
     started = time.time()
-    teacher, world = model.load(args.teacher), make_world(args.out / "world")
-    print(f"tiny world: {world}")
-    tiny_items(world)
-    if not (world / "val.json").exists():
-        raise BadInput(f"{world} is of an earlier version; choose another --out")
+    teacher, world = model.load(args.teacher), make_test_world(args.out)
     run_students(args, dict.fromkeys(STUDENTS, steps))
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in STUDENTS:
@@ -84,6 +67,33 @@ def train_students(args: argparse.Namespace) -> None:
     minutes = (time.time() - started) / 60
     files = ", ".join(["results.md", "results.json", "attention.png", *curves])
     print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
+
+
+def check_same(args: argparse.Namespace, name: str, steps: int) -> None:
+    """BadInput where a student in --out is of another teacher, seed or number of steps of stage 2."""
+    run = args.out / name / "stage2.run/run.json"
+    before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
+    if before.get("teacher") != fingerprint(find(args.teacher)):
+        raise BadInput(
+            f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
+        )
+    if (before.get("seed"), before.get("steps")) != (args.seed, steps):
+        raise BadInput(
+            f"{args.out} has a student {name} of --seed {before.get('seed')}, {before.get('steps')} steps; "
+            "choose another --out"
+        )
+
+
+def make_test_world(out: Path) -> Path:
+    """The tiny world of --out, whole, before any work -> its folder."""
+    if "RANK" in os.environ:
+        raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
+    world = make_world(out / "world")
+    print(f"tiny world: {one_line(world)}")
+    tiny_items(world)
+    if not (world / "val.json").exists():
+        raise BadInput(f"{world} is of an earlier version; choose another --out")
+    return world
 
 
 def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
@@ -161,7 +171,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
 
 
 def step_ms(args: argparse.Namespace, steps: dict[str, int]) -> float:
-    """Milliseconds of a step after stage 1: of each stage the median of what it has logged."""
+    """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
     total = 0.0
     for stage in list(steps)[1:]:
         lines = (args.out / args.name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()

@@ -14,10 +14,11 @@ import torch
 import data
 import model
 import rivals
-from support.files import check_output, check_writable, write_atomically
-from support.world import make_pairs, make_world, tiny_items
+from support.errors import one_line
+from support.files import check_output, check_writable, read_text, write_atomically
+from support.world import make_pairs
 from tiny.scores import table, tiny_scores
-from tiny.students import run_students, scores_in
+from tiny.students import check_same, make_test_world, run_students, scores_in
 from training import recipes
 
 SYSTEMS = ("sft", "llava-kd", "llavadi", "llava-mod", "compodistill")
@@ -25,28 +26,36 @@ SYSTEMS = ("sft", "llava-kd", "llavadi", "llava-mod", "compodistill")
 
 def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
+    steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
+    for name in SYSTEMS:
+        if (args.out / name / "stage2.run/run.json").exists():  # also of the main job
+            check_same(args, name, steps[name]["2"])
+    if (args.out / "systems.md").exists() and (args.out / "systems.json").exists():
+        print(f"finished already, {one_line(args.out)}\n\n{read_text(args.out / 'systems.md')}")
+        return
     check_writable(args.out)
     check_output(args.out / "systems.md", b"| ")
     check_output(args.out / "systems.json", b"{")
-    teacher, world = model.load(args.teacher), make_world(args.out / "world")
-    print(f"tiny world: {world}")
-    tiny_items(world)
-    make_pairs(world), make_pairs(world, "val")
-    run_students(args, {name: steps_of(name, args.steps) for name in SYSTEMS})
+    teacher, world = model.load(args.teacher), make_test_world(args.out)
+    for name in ("tune", "val"):
+        make_pairs(world, name)
+    run_students(args, steps)
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in SYSTEMS:
         rows[name] = scores_in(args.out / name / "scores.json")
-    text = table(rows)
+    text = table(rows) + "\n"
     for stage, when in (("3", "before"), ("4", "after")):
-        share = preferred(model.load(args.out / f"llava-mod/stage{stage}"), teacher, world)
-        text += f"\n\nllava-mod, {when} preferences: {100 * share:.0f} % of pairs have r_w > r_l"
+        shares = preferred(model.load(args.out / f"llava-mod/stage{stage}"), teacher, world)
+        text += f"\nllava-mod, {when} preferences: p(chosen) > p(rejected) in {shares[0]:.0f} % of held-out "
+        text += f"pairs; more so than in the teacher (r_w > r_l) in {shares[1]:.0f} %"
     write_atomically(args.out / "systems.md", text + "\n")
     write_atomically(args.out / "systems.json", json.dumps(rows, indent=1))
-    print(f"\n{text}\n\n{args.out}/systems.md, systems.json")
+    print(f"\n{text}\n\n{one_line(args.out)}/systems.md, systems.json")
 
 
 def steps_of(name: str, second: int | None) -> dict[str, int]:
     """{stage: steps} of a method: its recipe's, or in proportion to `second` of CompoDistill's stage 2."""
+    # with a --student nothing is looked for that the stage before has made
     args = recipes.parse_args("", ["--method", name, "--student", "any"])
     steps = {stage: recipes.configure(stage, args, ranks=1).steps for stage in args.method.weights}
     whole = recipes.RECIPES["tiny"]["2"]["steps"]
@@ -54,8 +63,11 @@ def steps_of(name: str, second: int | None) -> dict[str, int]:
 
 
 @torch.no_grad()
-def preferred(student: model.VLM, teacher: model.VLM, world: Path) -> float:
-    """The share of held-out pairs with r_w > r_l, log p_s - log p_t of the chosen and of the other answer."""
+def preferred(student: model.VLM, teacher: model.VLM, world: Path) -> list[float]:
+    """% of held-out pairs with p_s(chosen) > p_s(rejected), and with r_w > r_l, as the loss asks for.
+
+    r is log p_s - log p_t: where the teacher is surer of the right answer, a student has few of those.
+    """
     dataset = data.LlavaDataset(
         make_pairs(world, "val"),
         world / "images",
@@ -69,5 +81,5 @@ def preferred(student: model.VLM, teacher: model.VLM, world: Path) -> float:
         pixels = batch["pixel_values"].repeat(2, 1, 1, 1)
         hidden = vlm(batch["input_ids"], pixels, logits=False).hidden
         log_p.append(rivals.log_p_of_states(hidden, vlm.lm.head_weight, batch["labels"]))
-    chosen, rejected = (log_p[0] - log_p[1]).chunk(2)
-    return (chosen > rejected).float().mean().item()
+    pairs = [x.chunk(2) for x in (log_p[0], log_p[0] - log_p[1])]
+    return [100 * (chosen > rejected).float().mean().item() for chosen, rejected in pairs]

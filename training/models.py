@@ -56,7 +56,9 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
 
 def prepare_student(student: VLM, teacher: VLM | None, c: Config) -> None:
     """What a stage's losses and --tune ask for: experts, a projector, LoRA; and what of it all is trained."""
-    if "aux" in c.weights and not student.config.text.num_experts:
+    if c.stage in c.method.sparse and not student.config.text.num_experts:
+        if c.stage != c.method.sparse[0]:
+            raise BadInput(f"{c.student} has no experts; run --stage {c.method.sparse[0]}, which makes them")
         add_experts(student)
     if "hidden" in c.weights:
         widths = (vlm.config.text.hidden_size for vlm in (student, teacher))
@@ -84,8 +86,8 @@ def choose_trained(student: VLM, c: Config) -> None:
     """Freeze all but the adapter (of a fetched one P_s alone) and, after stages 0a and 1, the language model.
 
     That is trained whole, or through LoRA (low-rank adaptation). A new stage starts a new LoRA; the one
-    before was merged when its stage was saved. Where the use of experts is balanced, only the MLPs of the
-    language model are trained, dense ones and experts, and their routers, whole in any case.
+    before was merged when its stage was saved. In the stages with experts only the MLPs of the language model
+    are trained, dense ones and experts, and the routers, those whole in any case.
     """
     student.requires_grad_(False).train()
     taf = isinstance(student.adapter, TeacherAdapterFetch)
@@ -93,13 +95,13 @@ def choose_trained(student: VLM, c: Config) -> None:
     if "hidden" in c.weights:
         student.projector.requires_grad_(True)
     if c.stage not in ("0a", "1"):
-        sparse, layers = "aux" in c.weights, student.lm.model.layers
-        tuned = nn.ModuleList(layer.mlp for layer in layers) if sparse else student.lm
-        tuned.requires_grad_(c.tune == "full")
+        layers, sparse = student.lm.model.layers, c.stage in c.method.sparse
+        tuned = nn.ModuleList(layer.mlp for layer in layers) if sparse else layers
+        (tuned if sparse else student.lm).requires_grad_(c.tune == "full")
         if c.tune == "lora":
-            lora.add_lora(tuned if sparse else layers, c.lora_rank, c.lora_alpha, c.lora_dropout)
+            lora.add_lora(tuned, c.lora_rank, c.lora_alpha, c.lora_dropout)
         for module in tuned.modules():
-            if sparse and isinstance(module, moe.Router):
+            if isinstance(module, moe.Router):
                 module.requires_grad_(True)
 
 
@@ -117,7 +119,7 @@ def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
         raise BadInput("their tokenizers differ; distillation needs models of one family")
     if taf != isinstance(student.adapter, TeacherAdapterFetch):
         has, flag = ("an adapter of its own", "--no-taf") if taf else ("the teacher's adapter", "--taf")
-        raise BadInput(f"the student has {has}; give {flag}")
+        raise BadInput(f"the student has {has}; give {flag}, or a student of this method's stage 1")
 
     def close(a: Tensor, b: Tensor) -> bool:  # either may have been kept in bfloat16
         return torch.equal(a.bfloat16(), b.bfloat16())

@@ -8,8 +8,8 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from distill import OUTPUT_LOSSES
 from model import DTYPES
+from rivals import OUTPUT_LOSSES
 
 
 def compute_dtype(precision: str, device: torch.device) -> AbstractContextManager:
@@ -35,7 +35,7 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
     if not dist.is_initialized():
         return step
     if parallel == "ddp":
-        # without a loss of the answers nothing flows back to the layers behind the aligned ones
+        # without a loss of the output nothing flows back to the layers behind the aligned ones
         of_all_layers = step.weights.keys() & OUTPUT_LOSSES
         return DistributedDataParallel(step, find_unused_parameters=not of_all_layers)
     policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)

@@ -1,6 +1,6 @@
 """What a stage is trained with: recipes, the command line that overrides them, and the Config of both.
 
-    method   which losses: distill.METHODS
+    method   which losses: distill.METHODS, rivals.RIVALS
     recipe   with which numbers: `tiny` (a laptop, minutes) or `paper` (its table; bf16, low-rank adaptation)
 
 A flag on the command line comes first, then the method's or the recipe's value. The README has both tables.
@@ -50,7 +50,8 @@ OF_RIVALS = {
         "llava-kd": {"3": dict(steps=2050, lr=2e-3, batch_size=8), "2": dict(steps=2050)},
         "llavadi": {"2": dict(steps=4100)},
         "llava-mod": {"2": dict(steps=2560), "3": dict(steps=1467, lr=2e-3, batch_size=8)},
-    }
+    },
+    "paper": {name: {"3": dict(global_batch=128, lora_dropout=0.0)} for name in ("llava-kd", "llava-mod")},
 }
 ADAPTER_LR = 1e-3  # of the paper's recipe where a whole adapter is trained alone, and not only P_s
 # of the paper's recipe where the whole language model is tuned (as LLaVA-KD does); LLaVA-MoD's last stage
@@ -174,8 +175,8 @@ def before(stage: str, method: Method) -> str | None:
 def has_teacher(stage: str, method: Method) -> bool:
     """Whether the stage distils from one or, being the first, takes its eyes or its adapter."""
 
-    def distils(stage: str) -> bool:
-        return bool(method.weights.get(stage, LM).keys() - LM.keys())
+    def distils(which: str) -> bool:
+        return bool(method.weights.get(which, LM).keys() - LM.keys())
 
     return distils(stage) or (stage == "1" and (method.taf or any(map(distils, method.weights))))
 
@@ -206,8 +207,11 @@ def command_of(stage: str, args: argparse.Namespace) -> str:
     words, flag = [*program, "train.py", "--stage", stage], ""
     for word in args.argv:
         flag = word.partition("=")[0] if word.startswith("--") else flag
-        if flag not in ("--stage", "--data", "--images", "--student"):
+        if flag not in ("--stage", "--data", "--images", "--student", "--weights"):
             words.append(word)
+    terms = args.method.weights.get(stage, LM)
+    if weights := [word for word in args.weights or () if word.partition("=")[0] in terms]:
+        words += ["--weights", *weights]
     if args.data:
         file = {"0a": "CAPTIONS.json", "1": "CAPTIONS.json", "4": "PAIRS.json"}.get(stage, "TUNE.json")
         words += ["--data", file, "--images", "FOLDER"]
@@ -290,9 +294,10 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--method", choices=[*METHODS, *RIVALS], default="compodistill",
         help="sft: supervised fine-tuning alone; kd: vanilla knowledge distillation; compodistill: the "
         "paper's; compodistill-rows: ours, text rows one by one; released: as the released code has it; "
-        "llava-kd (stages 1, 3, 2): L_LM, L_KL of answers and of visual tokens, relations of visual tokens; "
-        "llavadi (1, 2): L_LM, KL of z-scored logits and hidden states of all tokens; llava-mod (1, 2, 3, "
-        "4): L_KL, then experts with L_LM, L_KL and balance, then preferences (default: %(default)s)")
+        "llava-kd (stages 1, 3, 2): L_LM, L_KL of answers and of visual tokens, relations of visual tokens, "
+        "in stage 3 L_LM alone; llavadi (1, 2): L_LM, in 2 KL of z-scored logits and hidden states of all "
+        "tokens, too; llava-mod (1, 2, 3, 4): L_LM; L_KL; experts, with L_LM, L_KL and balance; preferences "
+        "(default: %(default)s)")
     add("--taf", action=argparse.BooleanOptionalAction, help="TAF, teacher adapter fetch: keep the teacher's "
         "adapter, train one linear map behind it")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
@@ -302,9 +307,9 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
-    add("--weights", nargs="+", metavar="TERM=X", help="weights of terms that the method has, in all of "
-        "its stages that have them or in --stage: lm, kl, adl and, of the other systems, image_kl, relation, "
-        "all_kl, hidden, aux, preference")
+    add("--weights", nargs="+", action="extend", metavar="TERM=X", help="weights of terms that the method "
+        "has, in all of its stages that have them or in --stage: lm, kl, adl and, of the other systems, "
+        "image_kl, relation, all_kl, hidden, aux, preference")
     add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
         "with lean.py's parts of them: the same losses, slower, more memory")
 
@@ -357,7 +362,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     if args.recipe == "paper" and args.data is None:
         parser.error("--recipe paper is for data of your own: --data and --images")
     if args.data and args.stage in (None, "0"):
-        parser.error("--data is another for every stage: run --stage 0a, 0b, 1, 2, 3 each on its own")
+        stages = ", ".join(["0a", "0b"] if args.stage else (METHODS | RIVALS)[args.method].weights)
+        parser.error(f"--data is another for every stage: run --stage {stages} each on its own")
     if not args.val_data and given & {"val_images", "val_every"}:
         parser.error("--val-images and --val-every go with --val-data")
     if args.steps and args.epochs:
@@ -385,10 +391,11 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     rival = RIVALS.get(args.method)
     method = rival or METHODS[args.method]
     weights = {stage: dict(terms) for stage, terms in method.weights.items()}
-    if args.kl_weight is not None:
+    words = list(args.weights or ())
+    if args.kl_weight is not None and rival:
+        words.append(f"kl={args.kl_weight}")
+    elif args.kl_weight is not None:
         for stage in ("1", "2"):
-            if rival and "kl" not in weights[stage] and not args.weights:
-                parser.error(f"--kl-weight: stage {stage} of {args.method} has no L_KL; see --weights")
             weights.setdefault(stage, dict(LM))["kl"] = args.kl_weight
     if rival and args.taf:
         parser.error(f"--taf: the student of {args.method} has an adapter of its own")
@@ -404,21 +411,35 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
         second["adl"] = args.vat_weight
     if args.vat_loss == "none":
         second.pop("adl", None)
-    for word in args.weights or ():
+    if words and args.stage in ("0", "0a", "0b"):
+        parser.error(f"--weights: stage {args.stage} makes a teacher, with L_LM alone")
+    twice = {"kl": args.kl_weight, "adl": args.vat_weight}
+    given = [word.partition("=")[0] for word in words] + [
+        x for x in twice if twice[x] is not None and not rival
+    ]
+    for word in words:
         term, _, text = word.partition("=")
-        stages = [s for s, terms in weights.items() if term in terms and args.stage in (None, s)]
-        if not stages:
+        stages = [stage for stage, terms in weights.items() if args.stage in (None, stage)]
+        if not any(term in weights[stage] for stage in stages):
             where = f"stage {args.stage} of {args.method}" if args.stage else args.method
-            known = [terms for stage, terms in weights.items() if args.stage in (None, stage)]
-            known = ", ".join(dict.fromkeys(name for terms in known for name in terms))
+            known = ", ".join(dict.fromkeys(name for stage in stages for name in weights[stage]))
             parser.error(f"--weights {word}: {where} has no such term, but {known}")
+        if given.count(term) > 1:
+            parser.error(f"--weights {word}: this weight is given twice")
         try:
             weight = number(float, 0)(text)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--weights {word}: {error}")
         for stage in stages:
-            weights[stage][term] = weight
+            weights[stage] |= {term: weight} if term in weights[stage] else {}
     weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
+    for stage, terms in weights.items():
+        if args.stage in (None, stage) and not terms.keys() - {"aux"}:
+            parser.error(
+                f"stage {stage} has no loss left but the balance of experts"
+                if terms
+                else f"stage {stage} has no loss left"
+            )
     changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
     changes |= {"layers": args.layers, "matching": args.matching}
     changes = {name: value for name, value in changes.items() if value not in (None, "none")}
