@@ -15,7 +15,7 @@ from torch import Tensor
 
 import data
 from support.errors import BadInput
-from support.layouts import MODEL_TYPE, VLMConfig
+from support.layouts import MODEL_TYPE, VLMConfig, qwen_fields
 
 # How a tensor's name begins in VLM -> how it begins in a file. With TAF (teacher adapter fetch) P_t, the
 # teacher's adapter, is adapter.teacher.
@@ -71,12 +71,9 @@ def _name(name: str, layout: str) -> str:
 
 def _parts_config(c: VLMConfig) -> dict:
     """What every layout says in the same words."""
-    text = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
-    fields = asdict(c.text)
-    if not c.text.num_experts:  # which nobody else's Qwen2 has
-        del fields["num_experts"]
+    text = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
     return {
-        "text_config": text | fields,
+        "text_config": text | qwen_fields(c.text),
         "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False} | asdict(c.vision),
         "tie_word_embeddings": c.text.tie_word_embeddings,
         "vision_feature_layer": c.vision_layer,

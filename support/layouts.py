@@ -11,7 +11,7 @@ What a network cannot do (sliding windows, another activation) is refused here, 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +159,11 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
             f"rotary positions turn pairs, and equal head_dim, if there is one"
         )
     return c
+
+
+def qwen_fields(c: QwenConfig) -> dict:
+    """What a config.json says of a language model; of experts, which no Qwen2 has, only where there are some."""
+    return {"model_type": "qwen2"} | {name: x for name, x in asdict(c).items() if name != "num_experts" or x}
 
 
 def siglip_config(config: dict, file: Path) -> SiglipConfig:

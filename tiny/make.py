@@ -30,6 +30,7 @@ from support import world
 from support.checkpoint import write_folder
 from support.errors import BadInput
 from support.files import check_writable, read_json, write_atomically
+from support.layouts import qwen_fields
 from train import learning_rate, train
 from training import recipes
 from training.signals import Stopped
@@ -96,7 +97,7 @@ def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
     lm = Qwen(config)
     pretrain_text(lm, tokenizer, seed, folder.name)
     files = {"tokenizer.json": tokenizer.to_str(pretty=True)}
-    write_folder(folder, lm.state_dict(), {"model_type": "qwen2", **asdict(config)}, files)
+    write_folder(folder, lm.state_dict(), qwen_fields(config), files)
 
 
 SCENES = 40_000  # that the teacher learns from; its students are shown make_world's 8,000
