@@ -162,7 +162,7 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
 
 
 def qwen_fields(c: QwenConfig) -> dict:
-    """What a config.json says of a language model; of experts, which no Qwen2 has, only where there are some."""
+    """What a config.json says of a language model: of experts, which no Qwen2 has, only where there are."""
     return {"model_type": "qwen2"} | {name: x for name, x in asdict(c).items() if name != "num_experts" or x}
 
 
