@@ -871,6 +871,7 @@ def test_ranks_do_not_change_the_training(one_rank, world, student, experts, tmp
 @pytest.mark.slow
 def test_the_table_of_systems(tmp_path):
     """`python -m tiny systems` in small, killed on its way: its files; it goes on with what there is."""
+    make_world(tmp_path / "out/world", tune=64, pretrain=32, per_kind=4)
     argv = [sys.executable, "-m", "tiny", "systems", "--out", str(tmp_path / "out"), "--steps", "16"]
     process = subprocess.Popen(argv, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     scores, limit = tmp_path / "out/compodistill/scores.json", time.time() + 240
@@ -891,6 +892,8 @@ def test_the_table_of_systems(tmp_path):
     assert lines[0][-1] == "step_ms |" and all(float(line[-1].strip(" |")) > 0 for line in lines[3:])
     table = json.loads((tmp_path / "out/systems.json").read_text())
     assert list(table) == names and table["teacher"]["recognition"] > 99
+    third = subprocess.run([*argv, "--seed", "1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert third.returncode == 1 and "--seed 0, 16 steps; choose another --out" in third.stderr
 
 
 def test_experts_belong_to_the_stage_and_not_to_the_weight_of_their_balance(world, student, tmp_path):

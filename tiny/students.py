@@ -73,7 +73,7 @@ def check_same(args: argparse.Namespace, name: str, steps: int) -> None:
     """BadInput where a student in --out is of another teacher, seed or number of steps of stage 2."""
     run = args.out / name / "stage2.run/run.json"
     before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
-    if before.get("teacher") != fingerprint(find(args.teacher)):
+    if before.get("teacher") not in (None, fingerprint(find(args.teacher))):  # SFT has none
         raise BadInput(
             f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
         )
