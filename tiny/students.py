@@ -105,10 +105,12 @@ def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
     return scores
 
 
-def run_students(args: argparse.Namespace, students: dict[str, dict[str, int]]) -> None:
+def run_students(
+    args: argparse.Namespace, students: dict[str, dict[str, int]], flags: dict[str, list[str]] | None = None
+) -> None:
     """A process for each student {method: {stage: steps}}, until all have their scores.
 
-    As many at a time as there are cores.
+    As many at a time as there are cores. flags: of train.py, of a method.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads, at_once = max(1, cores // len(students)), min(cores, len(students))
@@ -116,6 +118,7 @@ def run_students(args: argparse.Namespace, students: dict[str, dict[str, int]]) 
     waiting, running = [], []
     for name, steps in reversed(students.items()):  # the slow ones first: they share the cores best
         argv = ["--method", name, f"--out={args.out}", "--seed", str(args.seed), f"--teacher={args.teacher}"]
+        argv += (flags or {}).get(name, [])
         if not args.steps:  # else their stages have other numbers of steps than train.py's
             print(f"  python train.py {' '.join(argv)}")
         waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
