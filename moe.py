@@ -28,7 +28,10 @@ def is_sparse(layer: int, num_experts: int) -> bool:
 
 
 class Router(nn.Linear):
-    """x (B,T,C) -> g (B,T,E): the share of each expert. In float32, whatever x is."""
+    """x (B,T,C) -> g (B,T,E): the share of each expert. In float32, whatever x is held in.
+
+    (FSDP in bfloat16 gathers the layer's weights in that dtype, the router's, too.)
+    """
 
     def __init__(self, width: int, num_experts: int):
         super().__init__(width, num_experts, bias=False)

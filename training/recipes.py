@@ -335,7 +335,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--epochs", type=whole, help="passes over the data; the last step is filled up from the next one")
     add("--steps", type=whole, help="optimizer steps of a stage, instead of epochs")
     add("--lr", type=positive, help="peak learning rate, after 3 %% warm-up, then cosine to 0 (recipe "
-        "paper with --tune full: 2e-5)")
+        "paper with --tune full: 2e-5, in stage 4 2e-6)")
     add("--batch-size", type=size, help="samples per device and micro-batch")
     add("--accumulation", type=size, help="micro-batches per step (default: what the global batch asks for)")
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
