@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -163,7 +162,6 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         student, teacher = model.load(c.folder), model.load(args.teacher)
         scores = tiny_scores(student, args.out / "world")
         scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
-        scores["step_ms"] = step_ms(args, steps)
         write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
@@ -171,17 +169,6 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         if (said := told(error)) is None:
             raise
         sys.exit(f"{args.name}: {said}")
-
-
-def step_ms(args: argparse.Namespace, steps: dict[str, int]) -> float:
-    """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
-    total = 0.0
-    for stage in list(steps)[1:]:
-        lines = (args.out / args.name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()
-        rates = [json.loads(line)["samples_per_s"] for line in lines if step_of(line)]
-        batch = recipes.configure(stage, args, ranks=1).global_batch
-        total += steps[stage] * 1000 * batch / max(statistics.median(rates), 1e-9)
-    return total / sum(list(steps.values())[1:])
 
 
 # ---------------------------------------------------------------- curves

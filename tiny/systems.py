@@ -7,6 +7,7 @@ the main job has made in the same --out are taken as they are.
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from support.world import make_pairs
 from tiny.scores import table, tiny_scores
 from tiny.students import check_same, make_test_world, run_students, scores_in
 from training import recipes
+from training.log import step_of
 
 # {method: flags}. With its paper's weight of KL_img, 1, LLaVA-KD learns less here (RESULTS.md).
 SYSTEMS = {
@@ -49,7 +51,9 @@ def train_systems(args: argparse.Namespace) -> None:
     run_students(args, steps, SYSTEMS)
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in SYSTEMS:
-        rows[name] = scores_in(args.out / name / "scores.json")
+        rows[name] = scores_in(args.out / name / "scores.json") | {
+            "step_ms": step_ms(args.out, name, steps[name])
+        }
     text = table(rows) + "\n"
     for stage, when in (("3", "before"), ("4", "after")):
         shares = preferred(model.load(args.out / f"llava-mod/stage{stage}"), teacher, world)
@@ -67,6 +71,17 @@ def steps_of(name: str, second: int | None) -> dict[str, int]:
     steps = {stage: recipes.configure(stage, args, ranks=1).steps for stage in args.method.weights}
     whole = recipes.RECIPES["tiny"]["2"]["steps"]
     return {stage: max(1, round(number * (second or whole) / whole)) for stage, number in steps.items()}
+
+
+def step_ms(out: Path, name: str, steps: dict[str, int]) -> float:
+    """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
+    args, total = recipes.parse_args("", ["--method", name, "--student", "any"]), 0.0
+    for stage in list(steps)[1:]:
+        lines = (out / name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()
+        rates = [json.loads(line)["samples_per_s"] for line in lines if step_of(line)]
+        batch = recipes.configure(stage, args, ranks=1).global_batch
+        total += steps[stage] * 1000 * batch / max(statistics.median(rates), 1e-9)
+    return total / sum(list(steps.values())[1:])
 
 
 @torch.no_grad()
