@@ -767,8 +767,9 @@ def test_ranks_that_were_started_otherwise_are_refused(small, tmp_path):
 def test_when_a_rank_ends_the_others_name_it(small, tmp_path, how):
     """And every process ends within seconds, without a traceback."""
     folder = shutil.copytree(small, tmp_path / "w")
-    records = json.loads((folder / "tune.json").read_text()) * 50  # each of them reads its picture once
-    (folder / "tune.json").write_text(json.dumps(records))
+    if how == "a bad picture":  # which is read again: each record reads its own once, and keeps it
+        records = json.loads((folder / "tune.json").read_text()) * 50
+        (folder / "tune.json").write_text(json.dumps(records))
     argv = command(folder, tmp_path / "out", "--steps", 3000, "--workers", 1, "--save-every", 5)
     process = started(ROOT / "train.py", *argv, ranks=3)
     limit = time.time() + 120
