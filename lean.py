@@ -11,7 +11,7 @@ step of both for every method, distance, choice of rows and matching. (In bfloat
 are rounded to it here before their mean, and in distill.py are not.)
 
 Shapes: B batch, T query tokens, S key tokens, R query rows asked for, P visual tokens, H heads, D head dim, C
-width, V vocabulary, n answer tokens.
+width, V vocabulary, n rows of logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -116,6 +116,28 @@ def averaged(teacher: Output, student_layers: list[int], matching: str) -> Outpu
 LOGIT_ROWS, GPU_LOGIT_ROWS = 64, 512  # that exist at one time
 
 
+# Logits (n,Vs) and (n,Vt) -> a divergence summed over the rows, and its gradient (n,V) at the student's; V is
+# the smaller vocabulary.
+Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """distill.kl_divergence, and its gradient softmax(s) - softmax(t)."""
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_s = student_logits[:, :size].float().log_softmax(-1)
+    log_t = teacher_logits[:, :size].float().log_softmax(-1)
+    p_t = log_t.exp()
+    kl = log_t.sub_(log_s).mul_(p_t).sum()  # what is done in place saves an (n,V)
+    return kl, log_s.exp_().sub_(p_t)
+
+
+def cross_entropy_with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """-log softmax(s) at the targets (n,), summed, and its gradient: softmax(s), less 1 at the targets."""
+    log_s, at = logits.float().log_softmax(-1), targets[:, None]
+    cost = -log_s.gather(1, at).sum()
+    return cost, log_s.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=log_s.dtype))
+
+
 def answer_losses(
     student: tuple[Tensor, Tensor],
     teacher: tuple[Tensor, Tensor] | None,
@@ -156,39 +178,16 @@ def logit_losses(
     targets: Tensor | None = None,
     lm_weight: float = 0.0,
     kl_weight: float = 1.0,
-    divergence: "Divergence | None" = None,
+    divergence: Divergence = kl_with_gradient,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """At rows (B,T) the sums of L_LM and L_KL -> their weighted sum, which alone has a gradient, and both.
 
     student, teacher: hidden states (B,T,C) and output matrix (V,C). targets (B,T): without them no L_LM,
     without a teacher no L_KL, which is `kl_with_gradient` or another divergence.
     """
-    divergence = divergence or kl_with_gradient
     (hidden, head), (t_hidden, t_head) = student, teacher or (None, None)
     t_rows, targets = None if teacher is None else t_hidden[rows], None if targets is None else targets[rows]
     return _LogitLosses.apply(hidden[rows], head, targets, t_rows, t_head, lm_weight, kl_weight, divergence)
-
-
-# Logits (n,Vs) and (n,Vt) -> a divergence summed over the rows, and its gradient (n,V) at the student's; V is
-# the smaller vocabulary.
-Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    """distill.kl_divergence, and its gradient softmax(s) - softmax(t)."""
-    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    log_s = student_logits[:, :size].float().log_softmax(-1)
-    log_t = teacher_logits[:, :size].float().log_softmax(-1)
-    p_t = log_t.exp()
-    kl = log_t.sub_(log_s).mul_(p_t).sum()  # what is done in place saves an (n,V)
-    return kl, log_s.exp_().sub_(p_t)
-
-
-def cross_entropy_with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """-log softmax(s) at the targets (n,), summed, and its gradient: softmax(s), less 1 at the targets."""
-    log_s, at = logits.float().log_softmax(-1), targets[:, None]
-    cost = -log_s.gather(1, at).sum()
-    return cost, log_s.exp_().scatter_add_(1, at, torch.full_like(at, -1, dtype=log_s.dtype))
 
 
 class _LogitLosses(torch.autograd.Function):

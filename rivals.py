@@ -154,9 +154,8 @@ def log_p(logits: Tensor, labels: Tensor) -> Tensor:
     targets = distill.next_tokens(labels)
     answers = targets != IGNORE
     costs = F.cross_entropy(logits[answers].float(), targets[answers], reduction="none")  # (n,)
-    return (
-        -torch.zeros_like(targets, dtype=costs.dtype).masked_scatter(answers, costs).sum(1)
-    )  # (B,T) -> (B,)
+    per_token = torch.zeros_like(targets, dtype=costs.dtype).masked_scatter(answers, costs)  # (B,T)
+    return -per_token.sum(1)
 
 
 def whole_pairs(labels: Tensor) -> Tensor:

@@ -893,7 +893,7 @@ def test_the_table_of_systems(tmp_path):
     table = json.loads((tmp_path / "out/systems.json").read_text())
     assert list(table) == names and table["teacher"]["recognition"] > 99
     third = subprocess.run([*argv, "--seed", "1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert third.returncode == 1 and "--seed 0, 16 steps; choose another --out" in third.stderr
+    assert third.returncode == 1 and "--seed 0 --steps 16; choose another --out" in third.stderr
 
 
 def test_experts_belong_to_the_stage_and_not_to_the_weight_of_their_balance(world, student, tmp_path):

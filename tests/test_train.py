@@ -664,7 +664,7 @@ def test_main_job(tmp_path):
     code, text = run("-m", "tiny", "--steps", 240, "--out", out)
     assert code == 0 and "finished already" in text and table in text
     code, text = run("-m", "tiny", "--steps", 240, "--out", out, "--seed", 1)
-    assert code == 1 and "has a student kd of --seed 0, 240 steps; choose another --out" in text
+    assert code == 1 and "has students of --seed 0 --steps 240; choose another --out" in text
     points = list(csv.DictReader((out / "curves.csv").read_text().splitlines()))
     assert [(row["student"], int(row["step"])) for row in points] == [
         (name, step) for name in STUDENTS for step in range(24, 241, 24)

@@ -80,9 +80,9 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     With the cost of a step where one of them has it.
     """
     columns = ["recognition", "compositional", *COMPOSITION]
-    more = {"similarity": ".2f"} | (
-        {"step_ms": ".0f"} if any("step_ms" in row for row in rows.values()) else {}
-    )
+    more = {"similarity": ".2f"}
+    if any("step_ms" in scores for scores in rows.values()):
+        more["step_ms"] = ".0f"
     lines = []
     for name, scores in rows.items():
         cells = [f"{scores[column]:.1f}" for column in columns]

@@ -36,9 +36,8 @@ POINTS, ITEMS = 10, 40  # of the curves: how often a student is scored in stage 
 
 def train_students(args: argparse.Namespace) -> None:
     """Train and score the students, as many at a time as there are cores; then a table and a picture."""
-    recipe = recipes.RECIPES["tiny"]
-    share = (args.steps or recipe["2"]["steps"]) / recipe["2"]["steps"]
-    steps = {stage: max(1, round(share * recipe[stage]["steps"])) for stage in "123"}
+    refuse_ranks()
+    steps = steps_of("compodistill", args.steps)
     if (args.out / "results.json").exists():
         check_same(args, "kd", steps["2"])
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
@@ -68,25 +67,43 @@ def train_students(args: argparse.Namespace) -> None:
     print(f"\n{text}\n\n{args.out}/{files}; {minutes:.1f} minutes")
 
 
+def refuse_ranks() -> None:
+    """BadInput under torchrun: the students have processes of their own."""
+    if "RANK" in os.environ:
+        raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
+
+
+def configs_of(name: str) -> dict[str, recipes.Config]:
+    """{stage: Config} of a method in its recipe."""
+    # with a --student nothing is looked for that the stage before has made
+    args = recipes.parse_args("", ["--method", name, "--student", "any"])
+    return {stage: recipes.configure(stage, args, ranks=1) for stage in args.method.weights}
+
+
+def steps_of(name: str, second: int | None) -> dict[str, int]:
+    """{stage: steps} of a method: its recipe's, or in proportion to `second` of CompoDistill's stage 2."""
+    whole = recipes.RECIPES["tiny"]["2"]["steps"]
+    share = (second or whole) / whole
+    return {stage: max(1, round(share * c.steps)) for stage, c in configs_of(name).items()}
+
+
 def check_same(args: argparse.Namespace, name: str, steps: int) -> None:
-    """BadInput where a student in --out is of another teacher, seed or number of steps of stage 2."""
+    """BadInput where a student in --out is of another teacher, seed or --steps."""
     run = args.out / name / "stage2.run/run.json"
     before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
-    if before.get("teacher") not in (None, fingerprint(find(args.teacher))):  # SFT has none
+    if before.get("teacher") != fingerprint(find(args.teacher)):
         raise BadInput(
             f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
         )
     if (before.get("seed"), before.get("steps")) != (args.seed, steps):
         raise BadInput(
-            f"{args.out} has a student {name} of --seed {before.get('seed')}, {before.get('steps')} steps; "
+            f"{args.out} has students of --seed {before.get('seed')} --steps {before.get('steps')}; "
             "choose another --out"
         )
 
 
 def make_test_world(out: Path) -> Path:
     """The tiny world of --out, whole, before any work -> its folder."""
-    if "RANK" in os.environ:
-        raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
     world = make_world(out / "world")
     print(f"tiny world: {one_line(world)}")
     tiny_items(world)

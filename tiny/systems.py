@@ -19,8 +19,15 @@ from support.errors import one_line
 from support.files import check_output, check_writable, read_text, write_atomically
 from support.world import make_pairs
 from tiny.scores import table, tiny_scores
-from tiny.students import check_same, make_test_world, run_students, scores_in
-from training import recipes
+from tiny.students import (
+    check_same,
+    configs_of,
+    make_test_world,
+    refuse_ranks,
+    run_students,
+    scores_in,
+    steps_of,
+)
 from training.log import step_of
 
 # {method: flags}. With its paper's weight of KL_img, 1, LLaVA-KD learns less here (RESULTS.md).
@@ -35,10 +42,10 @@ SYSTEMS = {
 
 def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
+    refuse_ranks()
     steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
-    for name in SYSTEMS:
-        if (args.out / name / "stage2.run/run.json").exists():  # also of the main job
-            check_same(args, name, steps[name]["2"])
+    if (args.out / "compodistill/stage2.run/run.json").exists():  # it comes first; also of the main job
+        check_same(args, "compodistill", steps["compodistill"]["2"])
     if (args.out / "systems.md").exists() and (args.out / "systems.json").exists():
         print(f"finished already, {one_line(args.out)}\n\n{read_text(args.out / 'systems.md')}")
         return
@@ -51,9 +58,8 @@ def train_systems(args: argparse.Namespace) -> None:
     run_students(args, steps, SYSTEMS)
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in SYSTEMS:
-        rows[name] = scores_in(args.out / name / "scores.json") | {
-            "step_ms": step_ms(args.out, name, steps[name])
-        }
+        scores, cost = scores_in(args.out / name / "scores.json"), step_ms(args.out, name, steps[name])
+        rows[name] = scores | {"step_ms": cost}
     text = table(rows) + "\n"
     for stage, when in (("3", "before"), ("4", "after")):
         shares = preferred(model.load(args.out / f"llava-mod/stage{stage}"), teacher, world)
@@ -64,23 +70,13 @@ def train_systems(args: argparse.Namespace) -> None:
     print(f"\n{text}\n\n{one_line(args.out)}/systems.md, systems.json")
 
 
-def steps_of(name: str, second: int | None) -> dict[str, int]:
-    """{stage: steps} of a method: its recipe's, or in proportion to `second` of CompoDistill's stage 2."""
-    # with a --student nothing is looked for that the stage before has made
-    args = recipes.parse_args("", ["--method", name, "--student", "any"])
-    steps = {stage: recipes.configure(stage, args, ranks=1).steps for stage in args.method.weights}
-    whole = recipes.RECIPES["tiny"]["2"]["steps"]
-    return {stage: max(1, round(number * (second or whole) / whole)) for stage, number in steps.items()}
-
-
 def step_ms(out: Path, name: str, steps: dict[str, int]) -> float:
     """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
-    args, total = recipes.parse_args("", ["--method", name, "--student", "any"]), 0.0
+    configs, total = configs_of(name), 0.0
     for stage in list(steps)[1:]:
         lines = (out / name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()
         rates = [json.loads(line)["samples_per_s"] for line in lines if step_of(line)]
-        batch = recipes.configure(stage, args, ranks=1).global_batch
-        total += steps[stage] * 1000 * batch / max(statistics.median(rates), 1e-9)
+        total += steps[stage] * 1000 * configs[stage].global_batch / max(statistics.median(rates), 1e-9)
     return total / sum(list(steps.values())[1:])
 
 

@@ -412,16 +412,30 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
         second["adl"] = args.vat_weight
     if args.vat_loss == "none":
         second.pop("adl", None)
-    if words and args.stage in ("0", "0a", "0b"):
+    if words:
+        weigh(weights, words, args, parser)
+    weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
+    for stage, terms in weights.items():
+        if args.stage in (None, stage) and not terms.keys() - {"aux"}:
+            parser.error(f"stage {stage} has no loss left{' but the balance of experts' * bool(terms)}")
+    changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
+    changes |= {"layers": args.layers, "matching": args.matching}
+    changes = {name: value for name, value in changes.items() if value not in (None, "none")}
+    return replace(method, weights=weights, **changes)
+
+
+def weigh(weights: dict, words: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Change weights {stage: {term: weight}} by the words TERM=X of --weights, in place, where TERM is."""
+    if args.stage in ("0", "0a", "0b"):
         parser.error(f"--weights: stage {args.stage} makes a teacher, with L_LM alone")
-    twice = {"kl": args.kl_weight, "adl": args.vat_weight}
-    given = [word.partition("=")[0] for word in words] + [
-        x for x in twice if twice[x] is not None and not rival
-    ]
+    stages = [stage for stage in weights if args.stage in (None, stage)]
+    given = [word.partition("=")[0] for word in words]
+    if args.method in METHODS:  # whose other flags have said these
+        given += ["kl"] * (args.kl_weight is not None) + ["adl"] * (args.vat_weight is not None)
     for word in words:
         term, _, text = word.partition("=")
-        stages = [stage for stage, terms in weights.items() if args.stage in (None, stage)]
-        if not any(term in weights[stage] for stage in stages):
+        having = [weights[stage] for stage in stages if term in weights[stage]]
+        if not having:
             where = f"stage {args.stage} of {args.method}" if args.stage else args.method
             known = ", ".join(dict.fromkeys(name for stage in stages for name in weights[stage]))
             parser.error(f"--weights {word}: {where} has no such term, but {known}")
@@ -431,17 +445,5 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
             weight = number(float, 0)(text)
         except argparse.ArgumentTypeError as error:
             parser.error(f"--weights {word}: {error}")
-        for stage in stages:
-            weights[stage] |= {term: weight} if term in weights[stage] else {}
-    weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
-    for stage, terms in weights.items():
-        if args.stage in (None, stage) and not terms.keys() - {"aux"}:
-            parser.error(
-                f"stage {stage} has no loss left but the balance of experts"
-                if terms
-                else f"stage {stage} has no loss left"
-            )
-    changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
-    changes |= {"layers": args.layers, "matching": args.matching}
-    changes = {name: value for name, value in changes.items() if value not in (None, "none")}
-    return replace(method, weights=weights, **changes)
+        for terms in having:
+            terms[term] = weight
