@@ -13,6 +13,7 @@ traceback is a row) or is stopped loses no other. In the order of what they are 
     ranks     torchrun with one rank: DDP and FSDP train what no torchrun trains, save, and go on
     real      Qwen1.5-4B -> 1.8B: seconds, memory, MFU (model FLOPs utilization) of ours and of the
               straightforward way with transformers (bench/step.py), at batches up to 32 or what fits
+    systems   steps of the paper's other systems at those sizes (rivals.py), lean and plain, beside KD's
     budget    the scripts in runs/, with the memory of one 24 GB card
     repeat    whether the real pair's steps repeat to the bit
     kernels   where the time of a step goes, with and without attention alignment
@@ -37,6 +38,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -47,7 +49,18 @@ sys.path.insert(0, str(ROOT))
 from bench import scoring  # noqa: E402
 from bench.gpu_report import read_rows  # noqa: E402
 from bench.gpu_right import command, ranks, right  # noqa: E402
-from bench.step import SHAPES, Shape, Variant, count, machine, make_batch, matmul_rate, most_common, qwen  # noqa: E402
+from bench.step import (  # noqa: E402
+    SHAPES,
+    SYSTEMS,
+    Shape,
+    Variant,
+    count,
+    machine,
+    make_batch,
+    matmul_rate,
+    most_common,
+    qwen,
+)
 from support.errors import BadInput  # noqa: E402
 from support.program import number, one_sentence, parse  # noqa: E402
 from support.world import make_world  # noqa: E402
@@ -66,7 +79,7 @@ def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 
     """After the warm-up at least three steps of this batch -> a row; None where memory does not hold them."""
     release(variant.device)
     try:
-        variant.batch = make_batch(shape, variant.device)
+        variant.batch = make_batch(shape, variant.device, variant.pairs)
         if variant.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         first, *_ = [variant.step() for _ in range(warm_up)]
@@ -145,6 +158,25 @@ def points(
         parts = count(shape, "text" if flags == TEXT else "all", tune)
         parts = [part for part in parts if flags != NO_VAT or "VAT" not in part[0]]
         yield {"what": name, "tflop": sum(part[1] for part in parts) / 1e12, **row}
+
+
+def systems(o: argparse.Namespace) -> Iterator[dict]:
+    """Each method's steps at two batches, with LoRA also --plain; of pairs, both answers are in the batch."""
+    yield rates(o)
+    for name, (tune, form) in product(SYSTEMS, [("lora", ""), ("lora", "plain"), ("full", "")]):
+        release(o.device)
+        what = ", ".join(filter(None, (tune, name, form)))
+        flags = [*SYSTEMS[name], *(["--plain"] if form else [])]
+        batches = (4, 16) if o.device == "cuda" else (2,)
+        try:
+            variant = Variant(flags, o.shape, o.device, "bf16", tune)
+        except torch.OutOfMemoryError:
+            yield {"what": what, "batch": batches[0], "fits": False}
+            continue
+        for batch in batches:
+            row = measured(variant, replace(o.shape, batch=batch))
+            yield {"what": what, **(row or {"batch": batch, "fits": False})}
+        del variant
 
 
 def compiled(o: argparse.Namespace) -> Iterator[dict]:
@@ -272,10 +304,11 @@ def tiny(o: argparse.Namespace) -> Iterator[dict]:
 # ---------------------------------------------------------------- command line
 
 PARTS = {  # name: function, seconds it may take; the first two run side by side
-    "right": (right, 95),
+    "right": (right, 150),
     "ranks": (ranks, 75),
     "real": (real, 105),
     "repeat": (repeatable, 20),
+    "systems": (systems, 270),
     "budget": (budget, 30),
     "kernels": (kernels, 30),
     "scoring": (scored, 30),

@@ -36,6 +36,7 @@ def sections(number: int, rows: list[dict]) -> list[str]:
     parts = {
         ("right", "ranks"): right,
         ("real", "compiled"): real,
+        ("systems",): systems,
         ("budget",): budget,
         ("scoring",): scoring,
         ("kernels",): kernels,
@@ -116,6 +117,23 @@ def ratios(steps: dict[tuple[str, int], dict], tune: str) -> list[str]:
             share = f"{whole:.2f} of its memory, {above:.2f} above weights and moments"
             lines.append(f"- {name}, batch {b}: {speed:.1f} times the samples/s of transformers, {share}")
     return lines
+
+
+def systems(rows: list[dict]) -> str:
+    """Steps with the losses of each system, as multiples of lean KD's at the same batch."""
+    kd = {(row["what"].split(",")[0], row["batch"]): row for row in rows if row["what"].endswith(", kd")}
+    cells = []
+    for row in rows:
+        if "fits" in row:
+            cells.append([row["what"], str(row["batch"]), "does not fit", *[""] * 4])
+        if "s_per_step" not in row:
+            continue
+        other = kd.get((row["what"].split(",")[0], row["batch"]), {})
+        times = [f"{row[key] / other[key]:.2f}" if key in other else "" for key in ("s_per_step", "peak_gb")]
+        numbers = [f"{row[key]:.3f}" for key in ("s_per_step", "fastest")]
+        cells.append([row["what"], str(row["batch"]), *numbers, times[0], f"{row['peak_gb']:.1f}", times[1]])
+    heads = ["systems", "batch", "s a step", "fastest", "x kd", "peak GB", "x kd"]
+    return "\n\n".join([f"{rows[0]['what']}; bf16", table(heads, cells)])
 
 
 def budget(rows: list[dict]) -> str:

@@ -21,10 +21,13 @@ from safetensors.torch import load_file
 
 import distill
 import model
-from bench.step import SHAPES, Variant
+import rivals
+from bench.step import SHAPES, SYSTEMS, Variant
 from data import IMAGE_TOKEN
 from model import DTYPES
-from support.world import TINY, make_world
+from qwen import Output
+from rivals import OUTPUT_LOSSES
+from support.world import TINY, make_pairs, make_world
 from training.resume import digest_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +52,8 @@ def losses_of(run: Path) -> dict[int, list[float]]:
     """The log of a stage -> {step: its losses and gradient norm}."""
     rows = [json.loads(line) for line in run.with_suffix(".jsonl").read_text().splitlines()]
     return {
-        row["step"]: [row[name] for name in ("lm", "kl", "adl", "grad_norm") if name in row] for row in rows
+        row["step"]: [row[name] for name in ("grad_norm", *sorted(OUTPUT_LOSSES), "adl") if name in row]
+        for row in rows
     }
 
 
@@ -70,9 +74,11 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 def right(o: argparse.Namespace) -> Iterator[dict]:
     yield from golden_logits(o.device)
     yield from golden_losses(o.device)
+    yield from golden_rivals(o.device)
     yield from forms(o.device)
     with tempfile.TemporaryDirectory() as folder:
         yield from trained(Path(folder))
+        yield from rivals_trained(Path(folder), list(rivals.RIVALS) if o.device == "cuda" else ["llavadi"])
         yield from answered(Path(folder), o.device)
         if o.device == "cuda":
             yield full_memory(Path(folder))
@@ -133,8 +139,38 @@ def golden_losses(device: str) -> Iterator[dict]:
         yield {"what": f"golden losses, {precision}", "off": off, "ok": max(off.values()) < tolerance}
 
 
+def golden_rivals(device: str) -> Iterator[dict]:
+    """tests/test_rivals.py's golden values of the other systems' losses, whole and lean."""
+    expected = json.loads((GOLDEN / "baselines.json").read_text())["values"]
+    names = {"image_kl": "llavakd_kl_image", "relation": "llavakd_relation", "all_kl": "llavadi_kl"}
+    for precision, whole in product(DTYPES, (True, False)):
+        given = {
+            k: v.to(device, DTYPES[precision] if v.is_floating_point() else v.dtype)
+            for k, v in load_file(GOLDEN / "baselines.safetensors").items()
+        }
+        batch = {k: given[k] for k in ("labels", "attention_mask", "has_image", "visual_columns")}
+        heads, hidden = (
+            [given[f"{who}_{what}"] for who in ("student", "teacher")] for what in ("head", "hidden")
+        )
+        logits = [x @ head.T if whole else None for x, head in zip(hidden, heads)]
+        outputs = [Output(x, z, {}, {}) for x, z in zip(hidden, logits)]
+        terms = rivals.rival_terms(*outputs, tuple(heads), None, batch, dict.fromkeys(names, 1.0), {})
+        off = {name: abs((x.sum / x.count).item() / expected[names[name]] - 1) for name, x in terms.items()}
+        what = f"golden losses of the other systems, {'whole' if whole else 'lean'}, {precision}"
+        ok = max(off.values()) < (1e-4 if precision == "fp32" else 5e-2)
+        yield {"what": what, "off": off, "ok": ok}
+
+
 def forms(device: str) -> Iterator[dict]:
     """One step of a small pair: lean, plain and transformers; and what has no deterministic kernel."""
+    for precision, (name, flags) in product(DTYPES, SYSTEMS.items()):
+        lean, plain = (
+            Variant([*flags, *more], SHAPES["small"], device, precision, "full").step()["losses"]
+            for more in ([], ["--plain"])
+        )
+        off = {k: abs(lean[k] - v) / abs(v) for k, v in plain.items()}
+        ok = max(off.values()) < TOLERANCE[precision]
+        yield {"what": f"a step, lean and plain, {name}, {precision}", "off": off, "losses": lean, "ok": ok}
     for precision, tune in product(DTYPES, ("full", "lora")):
         ways = {"lean": [], "plain": ["--plain"], "transformers": "answers"}
         losses = {
@@ -196,6 +232,28 @@ def trained(folder: Path) -> Iterator[dict]:
             stopped_weights, whole_weights = (load_file(file) for file in files[:2])
             off = max((stopped_weights[k] - v).abs().max().item() for k, v in whole_weights.items())
             yield {"what": f"resumed, {precision}", **names, "max_abs": off, "ok": names["stopped_is_whole"]}
+
+
+def rivals_trained(folder: Path, methods: list[str]) -> Iterator[dict]:
+    """All stages of the other systems, 15 steps each, in float32: this device beside the CPU."""
+    make_pairs(folder / "world")
+
+    def train(method: str, cpu: bool) -> list[dict[int, list[float]]]:
+        name = f"{method}-{'cpu' if cpu else 'here'}"
+        argv = ["--method", method, "--out", folder, "--name", name, "--steps", 15, "--log-every", 5]
+        losses = []
+        for stage in rivals.RIVALS[method].weights:
+            command("train.py", "--stage", stage, *argv, cpu=cpu)
+            losses.append(losses_of(folder / name / f"stage{stage}"))
+        return losses
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = {name: [pool.submit(train, name, cpu) for cpu in (False, True)] for name in methods}
+        for name, pair in runs.items():
+            here, on_cpu = (run.result() for run in pair)
+            off = [largest_difference(*stages) for stages in zip(here, on_cpu)]
+            what = f"{name}, 15 steps of each stage beside the CPU's"
+            yield {"what": what, "off": max(off), "ok": max(off) < 1e-2}
 
 
 def answered(folder: Path, device: str) -> Iterator[dict]:

@@ -52,7 +52,7 @@ from support.program import number, one_sentence, parse  # noqa: E402
 from training import recipes  # noqa: E402
 from training.log import peak_memory  # noqa: E402
 from training.lora import add_lora  # noqa: E402
-from training.models import compile_layers, prepare_student  # noqa: E402
+from training.models import add_experts, compile_layers, prepare_student  # noqa: E402
 from training.parallel import compute_dtype  # noqa: E402
 
 
@@ -273,7 +273,8 @@ class Variant:
         ours = ["--tune", tune, "--precision", precision, *([] if straightforward else flags)]
         args = recipes.parse_args("", ["--stage", "2", "--student", "in memory", *ours])
         c = recipes.configure(args.stage, args, ranks=1)
-        self.device, self.batch = device, make_batch(shape, device, "preference" in c.weights)
+        self.device, self.pairs = device, "preference" in c.weights
+        self.batch = make_batch(shape, device, self.pairs)
         student, teacher = build(shape, device, DTYPES[precision], tune, c.method.taf)
         self.student, self.teacher = student, teacher
         if straightforward:
@@ -283,6 +284,8 @@ class Variant:
             teacher.requires_grad_(False)
         torch.manual_seed(0)  # the same adaptation in every variant
         if not straightforward:
+            if c.stage in c.method.sparse:
+                add_experts(student)
             prepare_student(student, teacher, c)
         elif tune == "lora":
             student.lm.requires_grad_(False)  # transformers' part is new, embeddings and head trainable

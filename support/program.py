@@ -87,6 +87,8 @@ def tolerant_streams(goes_on: bool) -> Iterator[None]:
     for stream in streams:
         if hasattr(stream.stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if hasattr(streams[1].stream, "reconfigure"):  # with PYTHONUNBUFFERED, too: ranks say their lines whole
+        streams[1].reconfigure(line_buffering=True, write_through=False)
     sys.stdout, sys.stderr = streams
     try:
         yield
