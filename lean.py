@@ -207,13 +207,15 @@ class _LogitLosses(torch.autograd.Function):
         step = GPU_LOGIT_ROWS if x.is_cuda else LOGIT_ROWS
         for i in range(0, len(x), step):
             rows = slice(i, i + step)
-            s, g = F.linear(x[rows], w), 0.0  # (step,V)
+            s, g = F.linear(x[rows], w), None  # (step,V)
             if targets is not None:
                 cost, g_lm = cross_entropy_with_gradient(s, targets[rows])
                 lm, g = lm + cost, g_lm.mul_(lm_weight)
             if teacher is not None:
                 cost, g_kl = divergence_of(s, F.linear(teacher[rows], teacher_w))
-                kl, g = kl + cost, F.pad(g_kl.mul_(kl_weight), (0, s.shape[1] - g_kl.shape[1])).add_(g)
+                kl, more = kl + cost, s.shape[1] - g_kl.shape[1]
+                g_kl = F.pad(g_kl, (0, more)) if more else g_kl
+                g = g_kl.mul_(kl_weight) if g is None else g.add_(g_kl, alpha=kl_weight)
             if not any(ctx.needs_input_grad):  # of a teacher
                 continue
             g = g.to(x.dtype)

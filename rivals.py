@@ -208,20 +208,15 @@ def gram_of(head: Tensor, size: int, kept: dict[str, Tensor], name: str) -> Tens
 def z_scored_kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """z_scored_kl, and its gradient at the student's logits (n,Vs), cut to the smaller V.
 
-    With z = (s - mean s) / std s and g the gradient at z: (g - mean g - z (g . z) / (V - 1)) / std s.
+    Z-scores are a LayerNorm whose gain makes up for std's V - 1, and torch has that as one kernel each way.
     """
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-
-    def scores(logits: Tensor) -> tuple[Tensor, Tensor]:  # z_scored in one matrix, and std
-        z = logits[:, :size].float()
-        z = z - z.mean(-1, keepdim=True)
-        std = 1e-7 + z.norm(dim=-1, keepdim=True) / (size - 1) ** 0.5
-        return z.div_(std), std
-
-    z, std = scores(student_logits)
-    kl, g = lean.kl_with_gradient(z, scores(teacher_logits)[0])
-    share = torch.einsum("nv,nv->n", g, z)[:, None] / (size - 1)
-    return kl, g.sub_(g.mean(-1, keepdim=True)).sub_(z.mul_(share)).div_(std)
+    student, teacher = (x[:, :size].float() for x in (student_logits, teacher_logits))
+    gain = student.new_full((size,), ((size - 1) / size) ** 0.5)
+    with torch.enable_grad():
+        z = F.layer_norm(student.requires_grad_(), (size,), gain, eps=1e-14)
+    kl, g = lean.kl_with_gradient(z.detach(), F.layer_norm(teacher, (size,), gain, eps=1e-14))
+    return kl, torch.autograd.grad(z, student, g)[0]
 
 
 def log_p_of_states(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
