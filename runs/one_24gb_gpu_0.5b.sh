@@ -7,15 +7,15 @@
 #
 # Killed, or Ctrl-C: run it again, and it goes on where it stopped. For a first try add --steps 500 and another OUT.
 #
-# Memory: 13.6 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget); with
-# --batch-size 32 it is 18.7 GB, at 16 samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient
+# Memory: 13.2 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget); with
+# --batch-size 32 it was 18.7 GB, at 16 samples/s (commit 948756a). It was estimated from counts, for 4 samples of 1,536 tokens and gradient
 # checkpointing, as
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          0.9 GB   student, 0.46 B x 2
 #    0.9 GB   so400m and P_t, 0.44 B x 2                     1.0 GB   LoRA, 61 M x (4 weight + 8 AdamW + 4 gradient)
 #    0.8 GB   student: 24 layer inputs, 4 x 1536 x 1024 x 2 bytes each, and one layer computed again
 #    0.5 GB   attention alignment: 2 x 9 maps of 4 x 1505 x 729 x 4 bytes, and 128 rows of one layer with heads
 #    0.7 GB   one layer of the teacher, 64 rows of logits of both models
-#   about 13 GB in all. Full tuning (--tune full): 0.46 B x 18 bytes = 8.4 GB in the place of 1.9, about 19 GB; measured: 18.6.
+#   about 13 GB in all. Full tuning (--tune full): 0.46 B x 18 bytes = 8.4 GB in the place of 1.9, about 19 GB; measured: 18.1.
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
 : "${TEACHER:?the teacher: a folder or a hub name}" "${PRETRAIN:?the 558k captions}" "${TUNE:?the 665k instructions}"

@@ -8,8 +8,8 @@
 # Killed, out of time, or Ctrl-C: run it again, and it goes on where it stopped. For full tuning instead of LoRA add
 # --tune full --parallel fsdp.
 #
-# Memory of a GPU: 17.5 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget),
-# at 8 samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient checkpointing, as
+# Memory of a GPU: 17.0 GB of tensors, measured on an H200 held to 24 GB (random weights; python bench/gpu.py, part budget),
+# at 11 samples/s. It was estimated from counts, for 4 samples of 1,536 tokens and gradient checkpointing, as
 #    7.9 GB   teacher, 3.95 B parameters x 2 bytes          3.7 GB   student, 1.84 B x 2
 #    0.9 GB   so400m and P_t, 0.44 B x 2                     2.4 GB   LoRA, 120 M x (4 weight + 8 AdamW + 4 gradient + 4 in transit)
 #    1.6 GB   student: 24 layer inputs, 4 x 1536 x 2048 x 2 bytes each, and one layer computed again

@@ -123,7 +123,7 @@ def test_without_a_gpu_it_says_so(tmp_path):
 @pytest.mark.slow
 def test_everything_that_gpu_py_measures_runs_on_a_cpu(tmp_path):
     """What waits for a GPU has run: only sizes, device and time differ there."""
-    parts = ["right", "real", "repeat", "budget", "kernels", "scoring"]
+    parts = ["right", "real", "systems", "repeat", "budget", "kernels", "scoring"]
     argv = ["--out", tmp_path / "rows", "--device", "cpu", "--shape", "small", "--inside", "--parts", *parts]
     done = gpu(*argv)
     rows = rows_in(tmp_path / "rows")
