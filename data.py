@@ -303,7 +303,9 @@ class LlavaDataset(torch.utils.data.Dataset):
             return self.kept[index]
         sample = self.prepare(index)
         pixels = sample.get("pixel_values")
-        size = 72 * len(sample["input_ids"]) + (0 if pixels is None else pixels.nbytes)  # id, label: 72 bytes
+        answers = [sample, *([sample["rejected"]] if "rejected" in sample else [])]
+        size = 72 * sum(len(answer["input_ids"]) for answer in answers)  # an id and its label: 72 bytes
+        size += 0 if pixels is None else pixels.nbytes
         if size <= self.room:
             self.room -= size
             self.kept[index] = sample

@@ -4,7 +4,7 @@
     relation    1 - cos(Z_t Z_t^T, Z_s Z_s^T), Z their logits (P,V)   relation_loss     LLaVA-KD
     all_kl      KL of z-scored logits at every token                  all_kl_loss       LLaVADI    2407.19409
     hidden      mean (proj(h_s) - h_t)^2 at every token               hidden_loss       LLaVADI
-    aux         experts are used alike (moe.py)                       balance_loss      LLaVA-MoD  2408.15881
+    aux         load-balancing loss of the experts (moe.py)           balance_loss      LLaVA-MoD  2408.15881
     preference  the student prefers what the teacher prefers, KTO     preference_loss   LLaVA-MoD
 
 L_LM and L_KL are those of distill.py. Nobody looks at attention: that is what CompoDistill adds. The student
@@ -113,7 +113,7 @@ def hidden_loss(projected: Tensor, teacher_hidden: Tensor, tokens: Tensor) -> Te
 
 
 def balance_loss(routing: Mapping[int, Tensor], tokens: Tensor) -> Term:
-    """Over the layers with experts: E sum_e (mean of g_e) (share of tokens whose largest g is e).
+    """The load-balancing loss: E sum_e (mean of g_e) (share of tokens whose largest g is e), over the layers.
 
     routing: {layer: g (B,T,E)}. 1 a layer where all experts are used alike. A product of two means is no sum
     over tokens: the number given is n times it, for n tokens (B,T), so that several micro-batches are
@@ -208,7 +208,8 @@ def gram_of(head: Tensor, size: int, kept: dict[str, Tensor], name: str) -> Tens
 def z_scored_kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
     """z_scored_kl, and its gradient at the student's logits (n,Vs), cut to the smaller V.
 
-    Z-scores are a LayerNorm whose gain makes up for std's V - 1, and torch has that as one kernel each way.
+    A LayerNorm divides by the standard deviation of V numbers, z_scored by that with V - 1: the gain is their
+    ratio. (Where it is almost 0, 1e-7 is added to it there and its square to the variance here.)
     """
     size = min(student_logits.shape[-1], teacher_logits.shape[-1])
     student, teacher = (x[:, :size].float() for x in (student_logits, teacher_logits))
@@ -262,7 +263,8 @@ def rival_terms(
     Projector's output; kept: Gram matrices of frozen heads, for the next batch.
     """
     terms, tokens, whole = {}, batch["attention_mask"], student.logits is not None
-    of_student, of_teacher = (student.hidden, heads[0]), (teacher.hidden, heads[1]) if teacher else None
+    of_student = student.hidden, heads[0]
+    of_teacher = (teacher.hidden, heads[1]) if teacher else None
     if "image_kl" in weights:
         visual = visual_tokens(batch)
         if whole:

@@ -6,6 +6,7 @@ text alone, one without answers, and padding full of large numbers.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_run import ENVIRONMENT, ROOT, rows, run, train_until  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -866,6 +867,24 @@ def test_ranks_do_not_change_the_training(one_rank, world, student, experts, tmp
         for name in RIVALS[method].weights[stage]:
             assert a[name] == pytest.approx(b[name], rel=0.3 if name == "aux" else 1e-4, abs=1e-5), name
     same_weights(*(load_file(out / f"x/stage{stage}/model.safetensors") for out in (one, tmp_path)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_head_that_no_loss_reads_is_not_waited_for(world, student, tmp_path, parallel):
+    """Of hidden states alone nothing flows back to a head of its own; ranks go on all the same."""
+    untied = shutil.copytree(student, tmp_path / "untied")
+    config = json.loads((untied / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = False
+    (untied / "config.json").write_text(json.dumps(config))
+    weights = load_file(untied / "model.safetensors")
+    weights["lm.lm_head.weight"] = weights["lm.model.embed_tokens.weight"].clone()
+    save_file(weights, untied / "model.safetensors")
+    flags = ["--weights", "lm=0", "all_kl=0", "--steps", 3, "--batch-size", 2, "--parallel", parallel]
+    run(command(world, untied, tmp_path, "llavadi", "2", *flags), 2)
+    after = load_file(tmp_path / "x/stage2/model.safetensors")
+    assert torch.equal(after["lm.lm_head.weight"], weights["lm.lm_head.weight"])
+    assert not torch.equal(after["lm.model.norm.weight"], weights["lm.model.norm.weight"])
 
 
 @pytest.mark.slow

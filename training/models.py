@@ -119,7 +119,10 @@ def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
         raise BadInput("their tokenizers differ; distillation needs models of one family")
     if taf != isinstance(student.adapter, TeacherAdapterFetch):
         has, flag = ("an adapter of its own", "--no-taf") if taf else ("the teacher's adapter", "--taf")
-        raise BadInput(f"the student has {has}; give {flag}, or a student of this method's stage 1")
+        raise BadInput(
+            f"the student has {has}; start from a student of this method's stage 1 (or give {flag}, "
+            "which sft, kd and compodistill take)"
+        )
 
     def close(a: Tensor, b: Tensor) -> bool:  # either may have been kept in bfloat16
         return torch.equal(a.bfloat16(), b.bfloat16())

@@ -35,9 +35,9 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
     if not dist.is_initialized():
         return step
     if parallel == "ddp":
-        # without a loss of the output nothing flows back to the layers behind the aligned ones
-        of_all_layers = step.weights.keys() & OUTPUT_LOSSES
-        return DistributedDataParallel(step, find_unused_parameters=not of_all_layers)
+        # without a loss of logits nothing flows back to the head or, of attention alone, to the last layers
+        of_logits = step.weights.keys() & OUTPUT_LOSSES - {"hidden", "aux"}
+        return DistributedDataParallel(step, find_unused_parameters=not of_logits)
     policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)
     student, teacher = step.student, step.teacher[0]
     for root, vlm in ((step, student), (teacher and teacher.lm, teacher)):
