@@ -75,8 +75,12 @@ def release(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def measured(variant: Variant, shape: Shape, warm_up: int = 1, seconds: float = 1.0) -> dict | None:
-    """After the warm-up at least three steps of this batch -> a row; None where memory does not hold them."""
+def measured(variant: Variant, shape: Shape, warm_up: int = 1) -> dict | None:
+    """After the warm-up at least three steps of this batch, on a GPU for a second if they are short -> a row.
+
+    None where memory does not hold them.
+    """
+    seconds = 1.0 if variant.device == "cuda" else 0.0
     release(variant.device)
     try:
         variant.batch = make_batch(shape, variant.device, variant.pairs)
@@ -390,7 +394,7 @@ def main() -> None:
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="(default: all)")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="(default: %(default)s)")
     add("--shape", choices=list(SHAPES), default="real", help="of the models (default: %(default)s)")
-    add("--patience", type=number(float, 0.1), default=1.0, help="times each part's seconds (default: 1)")
+    add("--patience", type=number(float, 0.01), default=1.0, help="times each part's seconds (default: 1)")
     add("--inside", action="store_true", help="all in this process, without limits")
     with one_sentence("stopped"):
         measure_parts(parse(parser))

@@ -819,6 +819,7 @@ def test_validation_is_over_all_ranks(world, held_out, tmp_path, parallel):
         assert one[name] == pytest.approx(four[name], rel=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_save_after_a_validation_is_whole(world, held_out, tmp_path, parallel):
     """FSDP has gathered weights for it: with all moments a run goes on to the same bits."""

@@ -141,6 +141,7 @@ def test_first_step_by_hand(one_rank, world):
     assert log[0]["adl"] == pytest.approx(sum(cosines) / len(cosines), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_rank_without_pictures_neither_hangs_nor_skews(one_rank, world, tmp_path):
     """Of eight samples two have a picture, so that of two ranks with a sample each one or both see none: the
     losses and weights are those of one rank with both samples.
