@@ -244,6 +244,7 @@ RIVALS = {
 }
 NUM_EXPERTS = 4  # of LLaVA-MoD
 TERMS = {"image_kl", "relation", "all_kl", "hidden", "aux", "preference"}
+PROJECTED = {"hidden"}  # read the student's states through a Projector, which is trained with it
 OF_PICTURES = {"image_kl", "relation"}  # nothing without one
 OUTPUT_LOSSES = distill.LOGIT_LOSSES | TERMS  # they read what the last layer gives; others may read attention
 

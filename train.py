@@ -70,7 +70,10 @@ class Step(nn.Module):
         known = lean.TERMS | rivals.TERMS
         unknown = {name for terms in method.weights.values() for name in terms} - known
         if unknown and not plain:
-            raise BadInput(f"lean.py does not have the loss {', '.join(sorted(unknown))}: train with --plain")
+            raise BadInput(
+                f"lean.py does not have the loss {', '.join(sorted(unknown))}: train with --plain "
+                "(one of rivals.py stands in its TERMS)"
+            )
         self.student, self.method, self.weights = student, method, weights
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
@@ -119,7 +122,7 @@ class Step(nn.Module):
                 logits=self.plain,
             )
             projected = None
-            if "hidden" in self.weights:  # (B,T,C_s) -> (n,C_t), n tokens that are no padding
+            if self.weights.keys() & rivals.PROJECTED:  # (B,T,C_s) -> (n,C_t), n tokens that are no padding
                 projected = student.projector(s.hidden[batch["attention_mask"]])
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
         if self.plain:
@@ -260,8 +263,8 @@ def reduce_counts(micro_batches: list[dict], c: Config) -> tuple[dict[str, Tenso
     totals = {name: sum(counts[name] for counts in here) for name in here[0]}
     if totals.keys() != c.weights.keys():
         raise BadInput(
-            f"stage {c.stage} has weights for {', '.join(c.weights)}, and distill.loss_counts counts "
-            f"{', '.join(totals)}: every loss needs both"
+            f"stage {c.stage} has weights for {', '.join(c.weights)}, and loss_counts (distill.py, "
+            f"rivals.py) counts {', '.join(totals)}: every loss needs both"
         )
     masks = [batch["attention_mask"] for batch in micro_batches]
     size = StepSize(
@@ -281,12 +284,15 @@ def check_counts(counts: dict[str, Tensor], totals: dict[str, Tensor]) -> None:
     """Stop where a loss is missing, or counted something else than it was divided by."""
     for name, total in totals.items():
         if name not in counts:
-            raise BadInput(f"there is a weight for the loss {name}, which distillation_loss has not returned")
+            raise BadInput(
+                f"there is a weight for the loss {name}, which distillation_loss (or rivals.rival_terms) has "
+                "not returned"
+            )
         counted = all_reduce(torch.as_tensor(counts[name], device=total.device).clone()).item()
         if counted != total.item():
             raise BadInput(
                 f"the loss {name} counts {counted} items on the first step, but was divided by "
-                f"{total.item()}: distill.loss_counts and the function that gives this loss disagree"
+                f"{total.item()}: loss_counts and the function that gives this loss disagree"
             )
 
 

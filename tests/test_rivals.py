@@ -27,6 +27,7 @@ import lean
 import model
 import moe
 import rivals
+import tiny.__main__
 import train
 from distill import IGNORE, METHODS
 from helpers import config, same_weights
@@ -913,6 +914,15 @@ def test_the_table_of_systems(tmp_path):
     assert list(table) == names and table["teacher"]["recognition"] > 99
     third = subprocess.run([*argv, "--seed", "1"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
     assert third.returncode == 1 and "--seed 0 --steps 16; choose another --out" in third.stderr
+
+
+def test_the_table_of_systems_refuses_a_try_in_its_place_at_once(tmp_path, capsys):
+    """Before any work, and whichever of the systems it is."""
+    train.main(["--method", "llavadi", "--stage", "1", "--steps", "1", "--out", str(tmp_path)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="has students of --seed 0 --steps 1; choose another --out"):
+        tiny.__main__.main(["systems", "--out", str(tmp_path)])
+    assert capsys.readouterr().out == ""
 
 
 def test_experts_belong_to_the_stage_and_not_to_the_weight_of_their_balance(world, student, tmp_path):

@@ -272,10 +272,10 @@ HACKS = {  # what somebody may forget -> what the sentence says
     "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'adl': distill.query_rows(b, 'all').sum()}":
         r"the loss adl counts 4 items on the first step, but was divided by \d\d\d: ",
     "distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0":
-        "stage 2 has weights for lm, kl, adl, forgotten, and distill.loss_counts counts lm, kl, adl: ",
+        "stage 2 has weights for lm, kl, adl, forgotten, and loss_counts .* counts lm, kl, adl: ",
     "counts = distill.loss_counts; distill.METHODS['compodistill'].weights['2']['forgotten'] = 1.0\n"
     "distill.loss_counts = lambda b, *rest: counts(b, *rest) | {'forgotten': b['has_image'].sum()}":
-        "there is a weight for the loss forgotten, which distillation_loss has not returned",
+        "there is a weight for the loss forgotten, which distillation_loss .*has not returned",
 }  # fmt: skip
 
 

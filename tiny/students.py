@@ -87,11 +87,12 @@ def steps_of(name: str, second: int | None) -> dict[str, int]:
     return {stage: max(1, round(share * c.steps)) for stage, c in configs_of(name).items()}
 
 
-def check_same(args: argparse.Namespace, name: str, steps: int) -> None:
-    """BadInput where a student in --out is of another teacher, seed or --steps."""
-    run = args.out / name / "stage2.run/run.json"
+def check_same(args: argparse.Namespace, name: str, steps: int, stage: str = "2") -> None:
+    """BadInput where a stage of a student in --out is of another teacher, seed or number of steps."""
+    run = args.out / name / f"stage{stage}.run/run.json"
     before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
-    if before.get("teacher") != fingerprint(find(args.teacher)):
+    teacher = fingerprint(find(args.teacher)) if configs_of(name)[stage].teacher else None
+    if before.get("teacher") != teacher:
         raise BadInput(
             f"{args.out} has students of another teacher than {args.teacher}; choose another --out"
         )
@@ -152,7 +153,7 @@ def run_students(
             if any((process.exitcode or 0) < 0 for process in running):
                 raise BadInput("a student was killed, perhaps for want of memory; the same command goes on")
             if any(process.exitcode for process in running):
-                raise BadInput("a student stopped, as the sentence above says; the same command goes on")
+                raise BadInput("a student stopped, as said above; mended, the same command goes on")
             running = [process for process in running if process.exitcode is None]
     finally:  # whatever ends this process: they save first
         bar.close()

@@ -44,8 +44,10 @@ def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
     refuse_ranks()
     steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
-    if (args.out / "compodistill/stage2.run/run.json").exists():  # it comes first; also of the main job
-        check_same(args, "compodistill", steps["compodistill"]["2"])
+    for name in SYSTEMS:  # also of the main job, or of a try of train.py's in the same --out
+        for stage in steps[name]:
+            if (args.out / name / f"stage{stage}.run/run.json").exists():
+                check_same(args, name, steps[name][stage], stage)
     if (args.out / "systems.md").exists() and (args.out / "systems.json").exists():
         print(f"finished already, {one_line(args.out)}\n\n{read_text(args.out / 'systems.md')}")
         return

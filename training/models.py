@@ -60,7 +60,7 @@ def prepare_student(student: VLM, teacher: VLM | None, c: Config) -> None:
         if c.stage != c.method.sparse[0]:
             raise BadInput(f"{c.student} has no experts; run --stage {c.method.sparse[0]}, which makes them")
         add_experts(student)
-    if "hidden" in c.weights:
+    if c.weights.keys() & rivals.PROJECTED:
         widths = (vlm.config.text.hidden_size for vlm in (student, teacher))
         student.projector = rivals.Projector(*widths).to(student.device)
     choose_trained(student, c)
@@ -92,7 +92,7 @@ def choose_trained(student: VLM, c: Config) -> None:
     student.requires_grad_(False).train()
     taf = isinstance(student.adapter, TeacherAdapterFetch)
     (student.adapter.student if taf else student.adapter).requires_grad_(True)
-    if "hidden" in c.weights:
+    if c.weights.keys() & rivals.PROJECTED:
         student.projector.requires_grad_(True)
     if c.stage not in ("0a", "1"):
         layers, sparse = student.lm.model.layers, c.stage in c.method.sparse

@@ -444,6 +444,6 @@ def weigh(weights: dict, words: list[str], args: argparse.Namespace, parser: arg
         try:
             weight = number(float, 0)(text)
         except argparse.ArgumentTypeError as error:
-            parser.error(f"--weights {word}: {error}")
+            parser.error(f"--weights {word}: {error}; give TERM=X")
         for terms in having:
             terms[term] = weight
