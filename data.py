@@ -217,6 +217,9 @@ def to_device(batch: dict, device: torch.device | str) -> dict:
 # ---------------------------------------------------------------- LLaVA files
 
 
+PASSED_OVER = " (--skip-bad-samples passes over such records)"
+
+
 class NothingToLearn(BadInput):
     """A record of which no token is supervised."""
 
@@ -277,7 +280,8 @@ class LlavaDataset(torch.utils.data.Dataset):
                 f"{least} is the least, and useful are many more"
             )
         self.records = Records(files)
-        if pairs and "chosen" not in self.records[0]:
+        some = [self.records[i] for i in range(min(20, len(self.records)))] if pairs else []
+        if pairs and not any("chosen" in record for record in some):
             raise BadInput(f'{files[0]}: no pairs of answers; give records with "chosen" and "rejected"')
         self.places = np.arange(len(self.records))  # of the records that are used
         if only_pictures:
@@ -324,7 +328,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
                 reason = f"{file}, record {f'{name!r}':.60}: {error}"
                 if not self.skip_bad and not isinstance(error, NothingToLearn):
-                    raise BadInput(f"{reason} (--skip-bad-samples passes over such records)") from None
+                    raise BadInput(reason + PASSED_OVER) from None
                 replaced.append(one_line(reason))
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 
@@ -341,6 +345,9 @@ class LlavaDataset(torch.utils.data.Dataset):
             raise BadInput('"chosen" and "rejected" do not have the same questions')
         if len({IMAGE_TOKEN in one["input_ids"] for one in samples}) > 1:
             raise NothingToLearn("the picture is cut off before one of the two answers")
+        if others and list(sample["input_ids"]) == list(others[0]["input_ids"]):
+            within = f" within {self.max_length} tokens" * bool(sample["cut"])
+            raise NothingToLearn(f'"chosen" and "rejected" are the same{within}')
         if IMAGE_TOKEN in sample["input_ids"]:
             pixel_values = preprocess(inside(images, image), self.image_size)
             for one in samples:

@@ -240,7 +240,9 @@ def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
                 more = validate(module, student, held_out, c, device) if validated else {}
                 log.since += time.time() - began  # it is no part of the rates of training
                 log.row(dict(zip(sums, losses)) | more, lr, norm, state)
+            began = time.time()
             yield step + 1, student
+            log.since += time.time() - began  # nor is what is done with the student between steps
             if (step + 1) % c.save_every == 0 and step + 1 < steps:
                 resume.save(run, student, optimizer, state, c.keep)
         save_model(student, c)

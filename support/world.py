@@ -282,12 +282,17 @@ def make_pairs(folder: Path, name: str = "tune") -> Path:
         return file
     rng, records = random.Random(0), []
     for record in read_json(folder / f"{name}.json", list):
-        turns = record["conversations"]
-        i = 2 * rng.randrange(len(turns) // 2)
-        question, answer = (turn["value"] for turn in turns[i : i + 2])
-        question = f"{IMAGE_MARK}\n{question.removeprefix(IMAGE_MARK).strip()}"
-        wrong = rng.choice([x for family in FAMILIES if answer in family for x in family if x != answer])
-        pair = {"id": record["id"], "image": record["image"]}
+        try:
+            turns = record["conversations"]
+            i = 2 * rng.randrange(len(turns) // 2)
+            question, answer = (turn["value"] for turn in turns[i : i + 2])
+            question = f"{IMAGE_MARK}\n{question.removeprefix(IMAGE_MARK).strip()}"
+            wrong = rng.choice([x for family in FAMILIES if answer in family for x in family if x != answer])
+            pair = {"id": record["id"], "image": record["image"]}
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):  # it was edited
+            raise BadInput(
+                f"{folder / name}.json: a record is none of the tiny world's; choose another --out"
+            ) from None
         for which, value in (("chosen", answer), ("rejected", wrong)):
             pair[which] = [{"from": "human", "value": question}, {"from": "gpt", "value": value}]
         records.append(pair)

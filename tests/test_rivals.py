@@ -28,6 +28,7 @@ import model
 import moe
 import rivals
 import tiny.__main__
+import tiny.systems
 import train
 from distill import IGNORE, METHODS
 from helpers import config, same_weights
@@ -509,6 +510,7 @@ def test_a_batch_of_pairs(world):
         (lambda r: r.pop("rejected"), '"rejected": a conversation is a list'),
         (lambda r: r.update(chosen=r["chosen"][:1]), '"chosen": a conversation is an even number of turns'),
         (lambda r: r.update(image=""), "go together"),
+        (lambda r: r.pop("chosen"), '"chosen": a conversation is a list'),
         (lambda r: r["rejected"][1].update(value=3), '"rejected": a conversation is a list'),
     ],
 )
@@ -542,6 +544,44 @@ def test_a_pair_whose_answer_is_cut_off_is_passed_over(world):
     assert len(dataset[0]["rejected"]["labels"]) == len(record["labels"]) > most
     with pytest.raises(BadInput, match="records in a row are bad"):
         pairs_of(world, max_length=min(len(dataset[i]["labels"]) for i in range(24)) - 4)[0]
+
+
+def test_a_first_record_that_is_no_pair_is_one_bad_record(world, tmp_path):
+    records = json.loads((world / "tune-pairs.json").read_text())
+    del records[0]["chosen"]
+    (tmp_path / "pairs.json").write_text(json.dumps(records))
+    tokenizer, where = data.load_tokenizer(TINY / "teacher"), (tmp_path / "pairs.json", world / "images")
+    dataset = data.LlavaDataset(*where, tokenizer, 16, 40, pairs=True, skip_bad=True)
+    assert dataset[0]["id"] == "tune-1" and len(dataset[0]["replaced"]) == 1
+
+
+@pytest.mark.parametrize("most, said", [(None, "the same"), (40, "the same within 40 tokens")])
+def test_two_answers_that_are_the_same_teach_nothing(tmp_path, most, said):
+    """As they are, or as far as they are within the limit of tokens."""
+    end = ["x"] * 2 if most is None else ["x " * 40 + "a", "x " * 40 + "b"]
+    dataset = one_pair(tmp_path, *(["<image>\nWhat?", text] for text in end), max_length=most)
+    with pytest.raises(BadInput, match=f'"chosen" and "rejected" are {said}$'):
+        dataset[0]
+
+
+@pytest.mark.parametrize("text", ["[{}]", "[3]", '[{"conversations": []}]', '[{"conversations": "abcd"}]'])
+def test_pairs_of_an_edited_world_are_refused(tmp_path, text):
+    (tmp_path / "tune.json").write_text(text)
+    with pytest.raises(BadInput, match="tune.json: a record is none of the tiny world's; choose another"):
+        make_pairs(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"step": 5}\n', '{"step": 5, "samples_per_s": "many"}\n'])
+def test_a_log_that_does_not_say_how_fast_its_steps_were(tmp_path, text):
+    (tmp_path / "sft").mkdir()
+    for stage in ("2", "3"):
+        (tmp_path / f"sft/stage{stage}.jsonl").write_text('{"step": 1, "samples_per_s": 8.0}\n')
+    steps = {"1": 1, "2": 3, "3": 1}  # of 8 and 16 samples
+    assert tiny.systems.step_ms(tmp_path, "sft", steps) == pytest.approx((3 * 1000 + 2000) / 4)
+    log = tmp_path / "sft/stage3.jsonl"
+    log.unlink() if text is None else log.write_text(text)
+    with pytest.raises(BadInput, match="stage3.jsonl says nothing of how fast"):
+        tiny.systems.step_ms(tmp_path, "sft", steps)
 
 
 def one_pair(tmp_path, chosen, rejected, **more):

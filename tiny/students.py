@@ -117,7 +117,7 @@ def scores_in(file: Path, name: str | None = None) -> dict[str, float]:
     """The scores in a file or, with a name, under that name in it. BadInput: something is missing."""
     content = read_json(file, remedy=OTHER)
     scores = content if name is None else field(content, name, dict, file)
-    for column in (*CURVES, *(["similarity"] if "similarity" in scores else [])):
+    for column in (*CURVES, *({"similarity", "step_ms"} & scores.keys())):
         field(scores, column, float, f"{file}{f', {name}' * bool(name)}")
     return scores
 

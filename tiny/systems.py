@@ -15,7 +15,7 @@ import torch
 import data
 import model
 import rivals
-from support.errors import one_line
+from support.errors import BadInput, one_line
 from support.files import check_output, check_writable, read_text, write_atomically
 from support.world import make_pairs
 from tiny.scores import table, tiny_scores
@@ -48,12 +48,14 @@ def train_systems(args: argparse.Namespace) -> None:
         for stage in steps[name]:
             if (args.out / name / f"stage{stage}.run/run.json").exists():
                 check_same(args, name, steps[name][stage], stage)
-    if (args.out / "systems.md").exists() and (args.out / "systems.json").exists():
-        print(f"finished already, {one_line(args.out)}\n\n{read_text(args.out / 'systems.md')}")
+    results = args.out / "systems.json"
+    if results.exists():
+        rows = {name: scores_in(results, name) for name in ("teacher", *SYSTEMS)}
+        print(f"finished already, {one_line(args.out)}; systems.md has the pairs, too\n\n{table(rows)}")
         return
     check_writable(args.out)
     check_output(args.out / "systems.md", b"| ")
-    check_output(args.out / "systems.json", b"{")
+    check_output(results, b"{")
     teacher, world = model.load(args.teacher), make_test_world(args.out)
     for name in ("tune", "val"):
         make_pairs(world, name)
@@ -68,7 +70,7 @@ def train_systems(args: argparse.Namespace) -> None:
         text += f"\nllava-mod, {when} preferences: p(chosen) > p(rejected) in {shares[0]:.0f} % of held-out "
         text += f"pairs; more so than in the teacher (r_w > r_l) in {shares[1]:.0f} %"
     write_atomically(args.out / "systems.md", text + "\n")
-    write_atomically(args.out / "systems.json", json.dumps(rows, indent=1))
+    write_atomically(results, json.dumps(rows, indent=1))
     print(f"\n{text}\n\n{one_line(args.out)}/systems.md, systems.json")
 
 
@@ -76,9 +78,12 @@ def step_ms(out: Path, name: str, steps: dict[str, int]) -> float:
     """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
     configs, total = configs_of(name), 0.0
     for stage in list(steps)[1:]:
-        lines = (out / name / f"stage{stage}.jsonl").read_text(errors="replace").splitlines()
-        rates = [json.loads(line)["samples_per_s"] for line in lines if step_of(line)]
-        total += steps[stage] * 1000 * configs[stage].global_batch / max(statistics.median(rates), 1e-9)
+        log = out / name / f"stage{stage}.jsonl"
+        lines = read_text(log).splitlines() if log.exists() else []
+        rates = [json.loads(line).get("samples_per_s") for line in lines if step_of(line)]
+        if not (rates := [rate for rate in rates if isinstance(rate, float) and rate > 0]):
+            raise BadInput(f"{log} says nothing of how fast its steps were; choose another --out")
+        total += steps[stage] * 1000 * configs[stage].global_batch / statistics.median(rates)
     return total / sum(list(steps.values())[1:])
 
 

@@ -75,11 +75,15 @@ def add_experts(student: VLM, number: int = rivals.NUM_EXPERTS) -> None:
 
 
 def compile_layers(student: VLM, teacher: VLM | None) -> None:
-    """torch.compile every layer of vision encoder and language models, in place."""
+    """torch.compile every layer of vision encoder and language models, in place, but for those with experts.
+
+    (How many tokens an expert has is another number every time; with FSDP and checkpointing torch gives up.)
+    """
     towers = [student.vision.encoder, student.lm.model, *([teacher.lm.model] if teacher else [])]
     for tower in towers:
         for layer in tower.layers:
-            layer.compile()
+            if not isinstance(layer.mlp, moe.Experts):
+                layer.compile()
 
 
 def choose_trained(student: VLM, c: Config) -> None:

@@ -36,8 +36,11 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         pairs=trained_on.pairs,
     )
     held_out.room = data.KEPT
-    for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
-        held_out[i]
+    try:
+        for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
+            held_out[i]
+    except BadInput as error:
+        raise BadInput(str(error).replace(data.PASSED_OVER, "")) from None  # not in what is compared
     return held_out
 
 
