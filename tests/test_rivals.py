@@ -997,6 +997,14 @@ def test_the_command_of_the_stage_before_has_the_weights_that_it_has(tmp_path, c
     words = str(error.value).split("`")[1].split()
     assert words[words.index("--weights") + 1 :] == ["aux=0.1"]
     recipes.parse_args("", words[2:])
+    where[where.index("llava-mod")], where[where.index("4")] = "llava-kd", "2"
+    with pytest.raises(SystemExit, match="stage3 is missing; make it with `(.*)`") as error:
+        train.main(
+            [*where, "--kl-weight", "0.5", "--val-data", "pairs.json", "--val-every", "7", "--seed", "3"]
+        )
+    words = str(error.value).split("`")[1].split()
+    assert words[-2:] == ["--seed", "3"] and not {"--kl-weight", "--val-data", "--val-every"} & set(words)
+    recipes.parse_args("", words[2:])
 
 
 @pytest.mark.parametrize("precision, checkpointing", [("bf16", False), ("fp32", True)])

@@ -205,12 +205,13 @@ def command_of(stage: str, args: argparse.Namespace) -> str:
     """The command line of this program for another stage: the same flags, but for its models and data."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     program = ["torchrun", "--nproc-per-node", ranks] if ranks else ["python"]
-    words, flag = [*program, "train.py", "--stage", stage], ""
+    words, flag, terms = [*program, "train.py", "--stage", stage], "", args.method.weights.get(stage, LM)
+    others = {"--stage", "--data", "--images", "--student", "--weights"}
+    others |= {"--val-data", "--val-images", "--val-every", *(["--kl-weight"] if "kl" not in terms else [])}
     for word in args.argv:
         flag = word.partition("=")[0] if word.startswith("--") else flag
-        if flag not in ("--stage", "--data", "--images", "--student", "--weights"):
+        if flag not in others:
             words.append(word)
-    terms = args.method.weights.get(stage, LM)
     if weights := [word for word in args.weights or () if word.partition("=")[0] in terms]:
         words += ["--weights", *weights]
     if args.data:
