@@ -44,10 +44,10 @@ def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
     refuse_ranks()
     steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
-    for name in SYSTEMS:  # also of the main job, or of a try of train.py's in the same --out
-        for stage in steps[name]:
-            if (args.out / name / f"stage{stage}.run/run.json").exists():
-                check_same(args, name, steps[name][stage], stage)
+    stages = [(student, stage) for student in SYSTEMS for stage in steps[student]]
+    for name, stage in [("compodistill", "2"), *stages]:  # first what --steps speaks of; also tries of train.py
+        if (args.out / name / f"stage{stage}.run/run.json").exists():
+            check_same(args, name, steps[name][stage], stage)
     results = args.out / "systems.json"
     if results.exists():
         rows = {name: scores_in(results, name) for name in ("teacher", *SYSTEMS)}
