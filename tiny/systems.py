@@ -45,7 +45,7 @@ def train_systems(args: argparse.Namespace) -> None:
     refuse_ranks()
     steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
     stages = [(student, stage) for student in SYSTEMS for stage in steps[student]]
-    for name, stage in [("compodistill", "2"), *stages]:  # first what --steps speaks of; also tries of train.py
+    for name, stage in [("compodistill", "2"), *stages]:  # --steps speaks of the first
         if (args.out / name / f"stage{stage}.run/run.json").exists():
             check_same(args, name, steps[name][stage], stage)
     results = args.out / "systems.json"
