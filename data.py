@@ -217,9 +217,6 @@ def to_device(batch: dict, device: torch.device | str) -> dict:
 # ---------------------------------------------------------------- LLaVA files
 
 
-PASSED_OVER = " (--skip-bad-samples passes over such records)"
-
-
 class NothingToLearn(BadInput):
     """A record of which no token is supervised."""
 
@@ -269,6 +266,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
         self.max_length, self.skip_bad, self.pairs = max_length, skip_bad, pairs
         self.room, self.kept = 0, {}
+        self.remedy = " (--skip-bad-samples passes over such records)"
         if missing := [folder for folder in self.images if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
@@ -328,7 +326,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             except (ValueError, TypeError, RuntimeError) as error:  # no path, a loop of links
                 reason = f"{file}, record {f'{name!r}':.60}: {error}"
                 if not self.skip_bad and not isinstance(error, NothingToLearn):
-                    raise BadInput(reason + PASSED_OVER) from None
+                    raise BadInput(reason + self.remedy) from None
                 replaced.append(one_line(reason))
         raise BadInput(f"{len(replaced)} records in a row are bad, the last of them {replaced[-1]}")
 
@@ -345,7 +343,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             raise BadInput('"chosen" and "rejected" do not have the same questions')
         if len({IMAGE_TOKEN in one["input_ids"] for one in samples}) > 1:
             raise NothingToLearn("the picture is cut off before one of the two answers")
-        if others and list(sample["input_ids"]) == list(others[0]["input_ids"]):
+        if others and sample["input_ids"] == others[0]["input_ids"]:
             within = f" within {self.max_length} tokens" * bool(sample["cut"])
             raise NothingToLearn(f'"chosen" and "rejected" are the same{within}')
         if IMAGE_TOKEN in sample["input_ids"]:

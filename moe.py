@@ -49,7 +49,6 @@ class Experts(nn.Module):
         self.router = Router(width, len(mlps))
         self.experts = nn.ModuleList(mlps)
 
-    @torch.compiler.disable  # how many tokens an expert has is another number every time
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         g = self.router(x)
         largest, chosen = g.flatten(0, 1).topk(min(CHOSEN, g.shape[-1]), -1)  # (B*T,2)

@@ -247,6 +247,7 @@ TERMS = {"image_kl", "relation", "all_kl", "hidden", "aux", "preference"}
 PROJECTED = {"hidden"}  # read the student's states through a Projector, which is trained with it
 OF_PICTURES = {"image_kl", "relation"}  # nothing without one
 OUTPUT_LOSSES = distill.LOGIT_LOSSES | TERMS  # they read what the last layer gives; others may read attention
+HEAD_LOSSES = OUTPUT_LOSSES - {"hidden", "aux"}  # of these those that the output matrix takes part in
 
 
 def rival_terms(

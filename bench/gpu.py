@@ -38,7 +38,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
@@ -143,9 +142,15 @@ def real(o: argparse.Namespace) -> Iterator[dict]:
 
 
 def points(
-    o: argparse.Namespace, tune: str, name: str, flags: list[str] | str, batches: tuple, warm_up: int = 1
+    o: argparse.Namespace,
+    tune: str,
+    name: str,
+    flags: list[str] | str,
+    batches: tuple,
+    warm_up: int = 1,
+    counted: bool = True,
 ) -> Iterator[dict]:
-    """One variant at growing batches, up to the first that does not fit."""
+    """One variant at growing batches, up to the first that does not fit; `counted`: with a step's FLOPs."""
     name = f"{tune}, {name}"
     release(o.device)
     try:
@@ -159,28 +164,22 @@ def points(
         if row is None:
             yield {"what": name, "batch": batch, "fits": False}
             return
-        parts = count(shape, "text" if flags == TEXT else "all", tune)
-        parts = [part for part in parts if flags != NO_VAT or "VAT" not in part[0]]
-        yield {"what": name, "tflop": sum(part[1] for part in parts) / 1e12, **row}
+        flops = {}
+        if counted:
+            parts = count(shape, "text" if flags == TEXT else "all", tune)
+            parts = [part for part in parts if flags != NO_VAT or "VAT" not in part[0]]
+            flops = {"tflop": sum(part[1] for part in parts) / 1e12}
+        yield {"what": name, **flops, **row}
 
 
 def systems(o: argparse.Namespace) -> Iterator[dict]:
     """Each method's steps at two batches, with LoRA also --plain; of pairs, both answers are in the batch."""
     yield rates(o)
-    for name, (tune, form) in product(SYSTEMS, [("lora", ""), ("lora", "plain"), ("full", "")]):
-        release(o.device)
-        what = ", ".join(filter(None, (tune, name, form)))
-        flags = [*SYSTEMS[name], *(["--plain"] if form else [])]
-        batches = (4, 16) if o.device == "cuda" else (2,)
-        try:
-            variant = Variant(flags, o.shape, o.device, "bf16", tune)
-        except torch.OutOfMemoryError:
-            yield {"what": what, "batch": batches[0], "fits": False}
-            continue
-        for batch in batches:
-            row = measured(variant, replace(o.shape, batch=batch))
-            yield {"what": what, **(row or {"batch": batch, "fits": False})}
-        del variant
+    batches = (4, 16) if o.device == "cuda" else (2,)
+    for name, flags in SYSTEMS.items():
+        yield from points(o, "lora", name, flags, batches, counted=False)
+        yield from points(o, "lora", f"{name}, plain", [*flags, "--plain"], batches, counted=False)
+        yield from points(o, "full", name, flags, batches, counted=False)
 
 
 def compiled(o: argparse.Namespace) -> Iterator[dict]:

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from model import DTYPES
-from rivals import OUTPUT_LOSSES
+from rivals import HEAD_LOSSES
 
 
 def compute_dtype(precision: str, device: torch.device) -> AbstractContextManager:
@@ -36,8 +36,8 @@ def wrap_parallel(step: nn.Module, parallel: str, precision: str) -> nn.Module:
         return step
     if parallel == "ddp":
         # without a loss of logits nothing flows back to the head or, of attention alone, to the last layers
-        of_logits = step.weights.keys() & OUTPUT_LOSSES - {"hidden", "aux"}
-        return DistributedDataParallel(step, find_unused_parameters=not of_logits)
+        of_head = step.weights.keys() & HEAD_LOSSES
+        return DistributedDataParallel(step, find_unused_parameters=not of_head)
     policy = MixedPrecisionPolicy(DTYPES[precision], torch.float32, cast_forward_inputs=False)
     student, teacher = step.student, step.teacher[0]
     for root, vlm in ((step, student), (teacher and teacher.lm, teacher)):
