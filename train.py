@@ -49,7 +49,7 @@ from training.log import Log, StepSize
 from training.models import load_models, save_model
 from training.recipes import Config
 from training.signals import Stopped, signals_ask_to_stop
-from training.validation import open_validation, validate
+from training.validation import is_due, open_validation, validate
 
 # ---------------------------------------------------------------- one step of teacher and student
 
@@ -233,7 +233,7 @@ def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
 
             # log and save
             state = log.count(step + 1, state, size)
-            validated = held_out is not None and ((step + 1) % c.val_every == 0 or step == steps - 1)
+            validated = held_out is not None and is_due(step + 1, steps, c.val_every)
             if (step + 1) % c.log_every == 0 or step in (0, steps - 1) or validated:
                 losses = all_reduce(torch.tensor(rank_losses, dtype=torch.float64, device=device)).tolist()
                 began = time.time()

@@ -809,6 +809,18 @@ def test_validation_costs_the_training_no_random_number(world, held_out, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_validation_changes_no_bit_on_ranks(world, held_out, tmp_path, parallel):
+    """Two ranks, of which the second has fewer held-out records; with dropout."""
+    few = ["--steps", 6, "--global-batch", 4, "--batch-size", 2, "--parallel", parallel]
+    few += ["--tune", "lora", "--lora-dropout", 0.1]
+    run(command(world, tmp_path / "without", *few), 2)
+    run(command(world, tmp_path / "with", *few, *held_out), 2)
+    same_run(tmp_path / "without", tmp_path / "with")
+    assert "val_lm" in rows(tmp_path / "with")[-1] and "val_lm" not in rows(tmp_path / "without")[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_validation_is_over_all_ranks(world, held_out, tmp_path, parallel):
     """Of four ranks one has a record in the second pass, and three have none."""
     few = ["--steps", 4, "--global-batch", 4, *held_out]

@@ -642,6 +642,19 @@ def test_stages_1_2_and_3_follow_one_another(world, tmp_path, capsys):
     assert capsys.readouterr().out.count("finished already") == 3
 
 
+def test_the_main_job_looks_at_what_is_there_before_any_work(world, tmp_path, monkeypatch):
+    """A teacher that is missing; a student, not finished, of another number of steps: no process starts."""
+    monkeypatch.setattr("tiny.students.run_students", lambda *_: pytest.fail("work has begun"))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="error: .*nowhere"):
+        tiny(["--out", str(out), "--teacher", str(tmp_path / "nowhere")])
+    where = ["--data", world / "pretrain.json", "--images", world / "images", "--out", out]
+    flags = ["--stage", 1, "--method", "kd", "--steps", 3, "--batch-size", 4, "--stop-after", 2]
+    train.main([*map(str, [*flags, *where])])
+    with pytest.raises(SystemExit, match="has students of --seed 0 --steps 3; choose another --out"):
+        tiny(["--out", str(out)])
+
+
 @pytest.mark.slow
 def test_main_job(tmp_path):
     """In small: the distance falls, aligned students look like the teacher, table and picture are there."""

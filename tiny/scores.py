@@ -12,7 +12,7 @@ import torch
 
 import distill
 import lean
-from distill import METHODS, Method
+from distill import METHODS
 from evals import scorers
 from evals.benchmarks import markdown
 from evals.scorers import Ask, replies
@@ -46,15 +46,14 @@ def paired_yes(vlm: VLM, pairs: list[tuple[Path, str, str]]) -> list[float]:
 
 
 @torch.no_grad()
-def attention_similarity(
-    student: VLM, teacher: VLM, world: Path, limit: int | None = 100, method: Method = METHODS["compodistill"]
-) -> float:
+def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | None = 100) -> float:
     """How much the student looks where its teacher looks, from -1 to 1.
 
     The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
-    each kind and over the layers that the method aligns, each against the mean of its teacher layers.
+    each kind and over the layers that the paper aligns, each against the mean of its teacher layers.
     ValueError: another number of layers, visual tokens or words than this teacher can be compared with.
     """
+    method = METHODS["compodistill"]
     depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
     student_layers, teacher_layers = distill.aligned_layers(method, *depths)
     _, composition = tiny_items(world, limit)

@@ -26,6 +26,7 @@ from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
 from training.log import step_of
 from training.signals import Stopped
+from training.validation import is_due
 
 # Same stages, steps, batches and data order, and the same text-only language model; only --method differs.
 STUDENTS = ("sft", "kd", "compodistill", "compodistill-rows")
@@ -38,6 +39,7 @@ def train_students(args: argparse.Namespace) -> None:
     """Train and score the students, as many at a time as there are cores; then a table and a picture."""
     refuse_ranks()
     steps = steps_of("compodistill", args.steps)
+    check_students(args, dict.fromkeys(STUDENTS, steps))
     if (args.out / "results.json").exists():
         check_same(args, "kd", steps["2"])
         rows = {name: scores_in(args.out / "results.json", name) for name in ("teacher", *STUDENTS)}
@@ -85,6 +87,14 @@ def steps_of(name: str, second: int | None) -> dict[str, int]:
     whole = recipes.RECIPES["tiny"]["2"]["steps"]
     share = (second or whole) / whole
     return {stage: max(1, round(share * c.steps)) for stage, c in configs_of(name).items()}
+
+
+def check_students(args: argparse.Namespace, students: dict[str, dict[str, int]]) -> None:
+    """check_same of every stage that a student {method: {stage: steps}} has begun, before any work."""
+    stages = [(name, stage) for name, steps in students.items() for stage in steps]
+    for name, stage in sorted(stages, key=lambda which: which != ("compodistill", "2")):  # --steps is of it
+        if (args.out / name / f"stage{stage}.run/run.json").exists():
+            check_same(args, name, students[name][stage], stage)
 
 
 def check_same(args: argparse.Namespace, name: str, steps: int, stage: str = "2") -> None:
@@ -175,7 +185,7 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
             args.val_data = args.out / "world/val.json" if stage == "2" else None
             c = recipes.configure(stage, args, ranks=1)
             for step, student in train.train_steps(c):
-                if stage == "2" and (step % args.val_every == 0 or step == args.steps):
+                if stage == "2" and is_due(step, args.steps, args.val_every):
                     add_point(args.out, args.name, step, student)
         student, teacher = model.load(c.folder), model.load(args.teacher)
         scores = tiny_scores(student, args.out / "world")

@@ -20,7 +20,7 @@ from support.files import check_output, check_writable, read_text, write_atomica
 from support.world import make_pairs
 from tiny.scores import table, tiny_scores
 from tiny.students import (
-    check_same,
+    check_students,
     configs_of,
     make_test_world,
     refuse_ranks,
@@ -44,10 +44,7 @@ def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
     refuse_ranks()
     steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
-    stages = [(student, stage) for student in SYSTEMS for stage in steps[student]]
-    for name, stage in [("compodistill", "2"), *stages]:  # --steps speaks of the first
-        if (args.out / name / f"stage{stage}.run/run.json").exists():
-            check_same(args, name, steps[name][stage], stage)
+    check_students(args, steps)
     results = args.out / "systems.json"
     if results.exists():
         rows = {name: scores_in(results, name) for name in ("teacher", *SYSTEMS)}

@@ -41,6 +41,11 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
     return held_out
 
 
+def is_due(step: int, steps: int, every: int) -> bool:
+    """Whether to validate after so many steps: every so often, and after the last."""
+    return step % every == 0 or step == steps
+
+
 @torch.no_grad()
 def validate(
     step: nn.Module, student: VLM, held_out: data.LlavaDataset, c: Config, device: str
