@@ -10,13 +10,15 @@ Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens o
 """
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from distill import IGNORE  # the label of a token that is not supervised
@@ -24,6 +26,7 @@ from support.errors import BadInput, is_utf8, one_line
 from support.files import read_text
 from support.images import open_picture
 from support.records import Records
+from vocabularies import match_tokens
 
 IMAGE_TOKEN = -200  # placeholder id, one per visual token; the model writes the visual tokens there
 IMAGE_MARK = "<image>"  # where a LLaVA record says that its picture stands
@@ -92,9 +95,13 @@ def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The ids of a plain text: "<|endoftext|>" or "<|im_end|>" in it are text, too."""
     if not is_utf8(text):
         raise BadInput(f"{f'{text!r}':.60} is not UTF-8 text: it has a lone surrogate")
+    return _encoding(tokenizer, text).ids
+
+
+def _encoding(tokenizer: Tokenizer, text: str) -> Encoding:
     tokenizer.encode_special_tokens = True
     try:
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(text, add_special_tokens=False)
     except Exception as error:  # the library raises bare Exception
         raise BadInput(f"{f'{text!r}':.60} is beyond this tokenizer.json ({error}); use Qwen1.5's") from None
 
@@ -147,6 +154,51 @@ def pieces(conversations: list[dict], template: str) -> Iterable[tuple[str, bool
         before = ""
 
 
+def spans(
+    conversations: list[dict], tokenizer: Tokenizer, num_image_tokens: int, template: str = "chat"
+) -> Tensor:
+    """Which bytes of the conversation, as it is written in UTF-8, each of encode's ids covers -> (T,2).
+
+    [start, end) each; a visual token and <|endoftext|> count as one byte. (For vocabularies.py.)
+    """
+    found, at = [], 0
+    for text, _ in pieces(conversations, template):
+        if text is IMAGE_MARK or text is END_OF_TEXT:
+            length = num_image_tokens if text is IMAGE_MARK else 1
+            found += [(i, i + 1) for i in range(at, at + length)]
+        else:
+            length = len(text.encode())
+            found += [(at + a, at + b) for a, b in _covered(text, _encoding(tokenizer, text))]
+        at += length
+    return torch.tensor(found, dtype=torch.int32).view(-1, 2)
+
+
+def _covered(text: str, encoding: Encoding) -> list[tuple[int, int]]:
+    """The bytes that each token covers, without gaps between them.
+
+    The library has characters: all of one that several tokens are bytes of, and not those that a tokenizer
+    trims or normalises away. A space that was trimmed goes to the token after it, an accent that was composed
+    to the one before.
+    """
+    characters, end = [], 0  # [first, last) of each token
+    for start, stop in encoding.offsets:
+        if start > end and characters and (characters[-1][0] == end or not text[end:start].isspace()):
+            characters[-1] = (characters[-1][0], start)
+        elif start > end:
+            start = end
+        characters.append((start, stop))
+        end = max(end, stop)
+    byte = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()  # where each character begins
+    covered, end = [], 0
+    following = [start for start, _ in characters[1:]] + [len(text)]
+    for (start, stop), token, after in zip(characters, encoding.tokens, following):
+        start = max(end, byte[start])  # in a character that the token before has begun: where that one ends
+        length = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token)  # a letter stands for a byte
+        end = byte[stop] if after >= stop else min(start + length, byte[stop])
+        covered.append((start, end))
+    return covered
+
+
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
     """A picture -> (3,S,S) in [-1, 1]: RGB, resized to a square without keeping the aspect ratio, bicubic."""
     image = open_picture(image)
@@ -157,6 +209,9 @@ def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:
 
 def collate(samples: list[dict]) -> dict:
     """Samples {"input_ids", "labels", "pixel_values" (3,S,S) or absent} -> batch, padded on the right.
+
+    Samples for a teacher with other tokens have "spans" and "teacher" besides, the same in its tokens: the
+    batch then has "teacher", another batch, and what joins the two (vocabularies.match_tokens).
 
     Samples of pairs have "rejected" besides, another such sample of the same picture: the batch then has
     twice as many rows, first the chosen answers, then the rejected ones, and each picture once.
@@ -191,7 +246,7 @@ def collate(samples: list[dict]) -> dict:
         )
     visual_columns = torch.zeros(B, P, dtype=torch.long)
     visual_columns[has_image] = placeholder.nonzero()[:, 1].view(-1, P)  # row by row, from left to right
-    return {
+    batch = {
         "input_ids": input_ids,
         "labels": labels,
         "attention_mask": attention_mask,
@@ -204,14 +259,26 @@ def collate(samples: list[dict]) -> dict:
         "cut": sum(sample.get("cut", False) for sample in samples),
         "mended": sum(sample.get("mended", False) for sample in samples),
     }
+    if "spans" in samples[0]:  # (B,T,2)
+        batch["spans"] = torch.stack(
+            [F.pad(sample["spans"], (0, 0, 0, T - len(sample["spans"]))) for sample in samples]
+        )
+    if "teacher" in samples[0]:
+        own = [sample["teacher"] | {"pixel_values": sample.get("pixel_values")} for sample in samples]
+        batch["teacher"] = collate(own)
+        batch |= match_tokens(batch, batch["teacher"])
+    return batch
 
 
 def to_device(batch: dict, device: torch.device | str) -> dict:
     """The batch with its tensors on the device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-        for name, value in batch.items()
-    }
+
+    def moved(value):
+        if isinstance(value, dict):  # what the teacher reads
+            return to_device(value, device)
+        return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+
+    return {name: moved(value) for name, value in batch.items()}
 
 
 # ---------------------------------------------------------------- LLaVA files
@@ -240,6 +307,8 @@ class LlavaDataset(torch.utils.data.Dataset):
     pairs: records have "chosen" and "rejected" in the place of "conversations", with the same questions, and
     samples a second one, "rejected", with the same picture.
 
+    teacher_tokenizer: samples have "spans" and "teacher", the same record in its tokens.
+
     room: bytes that samples may take which are kept as they were made, for the next epoch (default: none is).
     """
 
@@ -255,6 +324,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         skip_bad: bool = False,
         only_pictures: bool = False,
         pairs: bool = False,
+        teacher_tokenizer: Tokenizer | None = None,
     ):
         files = [files] if isinstance(files, (str, Path)) else list(files)
         images = [images] if isinstance(images, (str, Path)) else list(images)
@@ -262,7 +332,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             raise BadInput(f"{len(images)} --images, {len(files)} --data: give one for all, or one for each")
         images = images * len(files) if len(images) == 1 else images
         self.images = [*map(Path, images)]
-        self.tokenizer, self.template = tokenizer, template
+        self.tokenizer, self.teacher_tokenizer, self.template = tokenizer, teacher_tokenizer, template
         self.num_image_tokens, self.image_size = num_image_tokens, image_size
         self.max_length, self.skip_bad, self.pairs = max_length, skip_bad, pairs
         self.room, self.kept = 0, {}
@@ -270,8 +340,12 @@ class LlavaDataset(torch.utils.data.Dataset):
         if missing := [folder for folder in self.images if not folder.is_dir()]:
             raise BadInput(f"{missing[0]}: no such folder of pictures; give it with --images")
         picture = [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": ""}]
-        ids, _ = encode(picture, tokenizer, num_image_tokens, template)
-        least = ids.index(IMAGE_TOKEN) + num_image_tokens + 1
+        both = [
+            encode(picture, one, num_image_tokens, template)[0]
+            for one in (tokenizer, teacher_tokenizer)
+            if one
+        ]
+        least = max(ids.index(IMAGE_TOKEN) for ids in both) + num_image_tokens + 1
         if max_length is not None and max_length < least:
             raise BadInput(
                 f"a limit of {max_length} tokens a sample has no room for prompt, picture and text; "
@@ -305,7 +379,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             return self.kept[index]
         sample = self.prepare(index)
         pixels = sample.get("pixel_values")
-        answers = [sample, *([sample["rejected"]] if "rejected" in sample else [])]
+        answers = [sample, *(sample[name] for name in ("rejected", "teacher") if name in sample)]
         size = 72 * sum(len(answer["input_ids"]) for answer in answers)  # an id and its label: 72 bytes
         size += 0 if pixels is None else pixels.nbytes
         if size <= self.room:
@@ -338,11 +412,15 @@ class LlavaDataset(torch.utils.data.Dataset):
         if image and not isinstance(image, str):
             raise BadInput(f'"image" is {f"{image!r}":.60}, not the name of one picture')
         names = ("chosen", "rejected") if self.pairs else ("conversations",)
-        sample, *others = samples = [self.text_of(record, name, image) for name in names]
+        sample, *others = samples = [self.text_of(record, name, image, self.tokenizer) for name in names]
+        if self.teacher_tokenizer:
+            sample["teacher"] = self.text_of(record, names[0], image, self.teacher_tokenizer)
+            samples.append(sample["teacher"])
         if others and questions(record["chosen"]) != questions(record["rejected"]):
             raise BadInput('"chosen" and "rejected" do not have the same questions')
         if len({IMAGE_TOKEN in one["input_ids"] for one in samples}) > 1:
-            raise NothingToLearn("the picture is cut off before one of the two answers")
+            where = "before one of the two answers" if others else "for one of the two tokenizers"
+            raise NothingToLearn(f"the picture is cut off {where}")
         if others and sample["input_ids"] == others[0]["input_ids"]:
             within = f" within {self.max_length} tokens" * bool(sample["cut"])
             raise NothingToLearn(f'"chosen" and "rejected" are the same{within}')
@@ -352,11 +430,12 @@ class LlavaDataset(torch.utils.data.Dataset):
                 one["pixel_values"] = pixel_values
         return sample | ({"rejected": others[0]} if others else {})
 
-    def text_of(self, record: dict, name: str, image: str | None) -> dict:
-        """record[name], a conversation -> {"input_ids", "labels", "cut", "mended"}."""
-        turns = as_llava_reads(record.get(name))
+    def text_of(self, record: dict, name: str, image: str | None, tokenizer: Tokenizer) -> dict:
+        """record[name], a conversation -> {"input_ids", "labels", "cut", "mended"}; "spans", too, where a
+        teacher has a tokenizer of its own."""
+        turns, how = as_llava_reads(record.get(name)), (self.num_image_tokens, self.template)
         try:
-            ids, labels = encode(turns, self.tokenizer, self.num_image_tokens, self.template)
+            ids, labels = encode(turns, tokenizer, *how)
         except BadInput as error:
             raise BadInput(f'"{name}": {error}') from None
         if (IMAGE_TOKEN in ids) != bool(image):
@@ -366,7 +445,10 @@ class LlavaDataset(torch.utils.data.Dataset):
             ids, labels = cut(ids, labels, self.num_image_tokens, self.max_length)
         if all(label == IGNORE for label in labels):
             raise NothingToLearn(f"nothing of an answer is within {self.max_length} tokens")
-        return {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": turns is not record[name]}
+        sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": turns is not record[name]}
+        if self.teacher_tokenizer:
+            sample["spans"] = spans(turns, tokenizer, *how)[: len(ids)]
+        return sample
 
     def batch(self, indices: list[int]) -> dict:
         """The batch of these samples."""

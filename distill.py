@@ -14,6 +14,9 @@ equates both over a whole step. Losses are computed in float32, and the teacher'
 Shapes: B batch, T tokens, P visual tokens, H heads, k matched layers, C width, V vocabulary.
 """
 
+import math
+import re
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -76,8 +79,31 @@ RELEASED_LAYERS = {
 }
 
 
+def numbered_layers(text: str) -> list[int]:
+    """Layers by number, counted from 0: "8-16" or "2,5,7-9" -> [8 .. 16], [2, 5, 7, 8, 9].
+
+    ValueError: no such text, or layers that do not rise.
+    """
+    layers = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if not re.fullmatch(r"\d{1,4}(-\d{1,4})?", part) or int(last or first) < int(first):
+            break
+        layers += range(int(first), int(last or first) + 1)
+    else:
+        if layers == sorted({*layers}):
+            return layers
+    raise ValueError(f"layers {f'{text!r}':.60} are no rising numbers; give them as 8-16 or 2,5,7-9")
+
+
 def choose_layers(which: str, num_layers: int, teacher: bool) -> list[int]:
-    """Layers by the paper's names: intermediate (the method), early, later, all; or the released code's."""
+    """Layers by the paper's names: intermediate (the method), early, later, all; the released code's; or by
+    their numbers."""
+    if which[:1].isdecimal():
+        layers = numbered_layers(which)
+        if layers[-1] >= num_layers:
+            raise ValueError(f"layers {which}: this model has layers 0 to {num_layers - 1}")
+        return layers
     if which == "released":
         if num_layers not in RELEASED_LAYERS:
             raise ValueError(
@@ -99,8 +125,14 @@ def aligned_layers(method: "Method", student_depth: int, teacher_depth: int) -> 
     ValueError: layers that are not known, or that cannot be matched.
     """
     student_layers = choose_layers(method.layers, student_depth, teacher=False)
-    teacher_layers = choose_layers(method.layers, teacher_depth, teacher=True)
-    match_layers(student_layers, teacher_layers)
+    teacher_layers = choose_layers(method.teacher_layers or method.layers, teacher_depth, teacher=True)
+    adaptive = method.matching == "adaptive"  # which chooses from all of the teacher's
+    groups = match_layers(student_layers, teacher_layers, "group" if adaptive else method.matching)
+    if (only := method.align_layer) is not None:
+        if only not in student_layers:
+            raise ValueError(f"layer {only} is not among the student's aligned layers, {student_layers}")
+        teacher_layers = teacher_layers if adaptive else groups[student_layers.index(only)]
+        student_layers = [only]  # and that group is the only one that these can form
     return student_layers, teacher_layers
 
 
@@ -146,7 +178,7 @@ def adaptive_match(
 
 
 def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list[Tensor]:
-    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P)."""
+    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P); with heads, each head's mean."""
     means = []
     for first, *others in groups:
         mean = teacher_maps[first] / (1 + len(others)) if others else teacher_maps[first]
@@ -174,6 +206,11 @@ def visual_map(attention: Tensor, columns: Tensor) -> Tensor:
     return head_mean.gather(2, columns[:, None, :].expand(-1, head_mean.shape[1], -1))
 
 
+def visual_maps_of_heads(attention: Tensor, columns: Tensor) -> Tensor:
+    """The visual columns of each head: (B,H,T,S), columns (B,P) -> (B,H,T,P)."""
+    return attention.gather(3, columns[:, None, None].expand(-1, *attention.shape[1:3], -1))
+
+
 ROWS = ("all", "image", "text")
 
 
@@ -192,14 +229,75 @@ def query_rows(batch: dict, which: str) -> Tensor:
         "image": (position >= first) & (position <= last),
         "text": position > last,
     }[which]
-    return rows & batch["attention_mask"] & batch["has_image"][:, None]
+    rows = rows & batch["attention_mask"] & batch["has_image"][:, None]
+    return rows & batch["covered"] if "covered" in batch else rows  # by a token of another tokenizer
 
 
-def keep_rows(maps: Tensor, rows: Tensor) -> Tensor:
-    """maps (B,T,P) in float32, 0 outside the rows (B,T). Filled, not multiplied: NaN in padding stays out."""
-    if maps.shape[:-1] != rows.shape:
+def keep_rows(maps: Tensor, rows: Tensor, heads: bool = False) -> Tensor:
+    """maps (B,T,P), or with heads (B,H,T,P), in float32, 0 outside the rows (B,T).
+
+    Filled, not multiplied: NaN in padding stays out.
+    """
+    if (len(maps), *maps.shape[1 + heads : -1]) != rows.shape:
         raise ValueError(f"maps of shape {tuple(maps.shape)} do not fit rows (B,T) of {tuple(rows.shape)}")
+    rows = rows[:, None] if heads else rows
     return maps.float().masked_fill(~rows[..., None], 0)
+
+
+CONTROLS = ("shuffled", "other", "uniform")  # --vat-control
+
+
+def control_maps(
+    teacher_maps: dict[int, Tensor], batch: dict, control: str, first: int = 0
+) -> dict[int, Tensor]:
+    """The teacher's maps, {layer: (B,R,P)} or with heads, with what they say of the picture taken out.
+
+    If these teach as much as the teacher's own, it does not matter where the teacher looks. Each row keeps
+    how much it looks at the picture, and looks nowhere that causality forbids:
+
+    shuffled: its columns in a random order, for every sample always the same
+    other:    the map of the next sample of the batch with a picture, row by row from the picture on; where
+              there is no such sample, nothing. So it depends on how a global batch is cut.
+    uniform:  each column that it sees alike
+
+    The R rows are the tokens from `first` on.
+    """
+    columns, has_image = batch["visual_columns"], batch["has_image"]
+    R = next(iter(teacher_maps.values())).shape[-2]
+    position = first + torch.arange(R, device=columns.device)  # (R,)
+    visible = columns[:, None, :] <= position[:, None]  # (B,R,P)
+    if control == "uniform":
+        share = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+        return {i: A.sum(-1, keepdim=True) * with_heads(share, A) for i, A in teacher_maps.items()}
+    if control == "shuffled":
+        order = torch.stack([random_order(ids, columns.shape[1]) for ids in batch["input_ids"]])  # (B,P)
+        order = (
+            order[:, None].masked_fill(~visible, columns.shape[1]).argsort(-1)
+        )  # (B,R,P), unseen ones last
+        return {i: A.gather(-1, with_heads(order, A).expand_as(A)) for i, A in teacher_maps.items()}
+    if control != "other":
+        raise ValueError(f"control {control!r} is not known; choose one of {', '.join(CONTROLS)}")
+    seeing, source = has_image.nonzero()[:, 0], torch.arange(len(columns), device=columns.device)
+    source[seeing] = seeing.roll(-1)  # (B,): whose map
+    moved = columns[source, :1] - columns[:, :1]  # (B,1): where its picture begins, relative to ours
+    last = batch["attention_mask"].sum(1)[source, None] - 1
+    row = (torch.minimum(position + moved, last) - first).clamp(0, R - 1)[..., None]  # (B,R,1)
+    found = (source != torch.arange(len(source), device=source.device))[:, None, None]
+    return {
+        i: A[source].gather(-2, with_heads(row, A).expand_as(A)) * with_heads(found, A)
+        for i, A in teacher_maps.items()
+    }
+
+
+def random_order(ids: Tensor, number: int) -> Tensor:
+    """A random order of `number` columns that follows from a sample's ids (T,), whatever pads them."""
+    seed = zlib.crc32(ids[ids != 0].cpu().numpy().tobytes())
+    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).to(ids.device)
+
+
+def with_heads(x: Tensor, maps: Tensor) -> Tensor:
+    """(B,R,n) -> (B,1,R,n) where the maps have heads."""
+    return x if maps.dim() == 3 else x[:, None]
 
 
 # ---------------------------------------------------------------- VAT: distances of two maps
@@ -252,6 +350,17 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(-1) / lengths
 
 
+def matched_heads_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
+    """1 - (1/H_t) sum_h max_g cos(A^t_h, A^s_g) of each row: (B,H_s,T,P), (B,H_t,T,P) -> (B,T). Ours.
+
+    Every head of the teacher is compared with the student's head that looks most like it; the numbers of
+    heads may differ, and there is no gradient through the choice.
+    """
+    student, target = (F.normalize(A, dim=-1, eps=EPS) for A in (student, target))
+    similarity = torch.einsum("bhtp,bgtp->bthg", target, student)  # (B,T,H_t,H_s)
+    return 1 - similarity.max(-1).values.mean(-1)
+
+
 class Distance(NamedTuple):
     """One way to compare two maps."""
 
@@ -259,6 +368,7 @@ class Distance(NamedTuple):
     # what L_ADL is the mean of: samples with a picture, where the function gives (B,), or rows, (B,T)
     counts: Literal["samples", "rows"]
     over_layers: str = "mean"  # the paper's, or "sum", the released code's: k times as much
+    heads: bool = False  # whether maps come with heads, (B,H,T,P), and not as their mean
 
 
 DISTANCES = {  # --vat-loss
@@ -267,6 +377,7 @@ DISTANCES = {  # --vat-loss
     "mse": Distance(squared_distance, "rows"),
     "kl": Distance(kl_distance, "rows"),
     "released": Distance(released_distance, "samples", "sum"),
+    "matched-heads": Distance(matched_heads_distance, "rows", heads=True),  # --vat-heads matched
 }
 
 # ---------------------------------------------------------------- the losses, as sums beside their counts
@@ -294,9 +405,10 @@ def visual_attention_loss(
     if distance not in DISTANCES:
         raise ValueError(f"attention loss {distance!r} is not known; choose one of {', '.join(DISTANCES)}")
     counted = rows.any(1) if DISTANCES[distance].counts == "samples" else rows  # (B,) or (B,T)
+    heads = DISTANCES[distance].heads
     total, k = torch.zeros((), device=rows.device), 0
     for student, target in zip(student_maps, targets, strict=True):  # one layer at a time
-        student, target = keep_rows(student, rows), keep_rows(target.detach(), rows)
+        student, target = (keep_rows(maps, rows, heads) for maps in (student, target.detach()))
         values = DISTANCES[distance].function(student, target, rows)
         if values.shape != counted.shape:
             raise ValueError(
@@ -311,15 +423,48 @@ def visual_attention_loss(
     return Term(total, counted.sum())
 
 
-def kl_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, shifted: bool = True) -> Term:
+class SharedWords(NamedTuple):
+    """Two vocabularies: ids of the n words that both have, and of all that only one of them has."""
+
+    student: Tensor  # (n,)
+    teacher: Tensor  # (n,)
+    student_rest: Tensor  # (Vs - n,)
+    teacher_rest: Tensor  # (Vt - n,)
+
+
+def kl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    shifted: bool = True,
+    words: SharedWords | None = None,
+) -> Term:
     """Forward KL(teacher || student), full vocabulary, at every answer token (paper, Eq. 4).
 
     student_logits (B,T,Vs), teacher_logits (B,T,Vt), labels (B,T) with -100 where nothing is supervised. The
     distribution that predicts token t stands at t-1; `shifted=False` compares at t itself, as the released
-    code does.
+    code does. words: of two vocabularies that differ.
     """
     answers = (next_tokens(labels) if shifted else labels) != IGNORE
-    return Term(kl_divergence(student_logits[answers], teacher_logits[answers]), answers.sum())
+    s, t = student_logits[answers], teacher_logits[answers]
+    return Term(shared_kl_divergence(s, t, words) if words else kl_divergence(s, t), answers.sum())
+
+
+def shared_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, words: SharedWords) -> Tensor:
+    """The sum of KL(teacher || student) over the rows of (n,Vs) and (n,Vt), over the words that both
+    vocabularies have and all others as one more. Ours; the paper needs one vocabulary."""
+    s = log_p_of_shared(student_logits, words.student, words.student_rest)
+    t = log_p_of_shared(teacher_logits.detach(), words.teacher, words.teacher_rest)
+    return F.kl_div(s, t, reduction="sum", log_target=True)
+
+
+def log_p_of_shared(logits: Tensor, shared: Tensor, rest: Tensor) -> Tensor:
+    """Logits (n,V) -> (n,m+1): log p of the m shared words, then of all others together, at least EPS."""
+    log_p = logits.float().log_softmax(-1)
+    others = log_p.new_full((len(log_p), 1), math.log(EPS))
+    if len(rest):
+        others = log_p[:, rest].logsumexp(-1, keepdim=True).clamp(min=math.log(EPS))
+    return torch.cat([log_p[:, shared], others], -1)
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -358,8 +503,11 @@ class Method:
     kl_shifted: bool = True  # at the positions that predict the answers; the released code: at the answers
     distance: str = "cosine"  # of two attention maps, one of DISTANCES (--vat-loss)
     rows: str = "all"  # the queries that are compared, one of ROWS (--vat-queries)
-    layers: str = "intermediate"  # those that are aligned: one of DEPTH_RANGES, or released
+    layers: str = "intermediate"  # those that are aligned: one of DEPTH_RANGES, released, or numbers
+    teacher_layers: str | None = None  # where the teacher's are named otherwise
     matching: str = "group"  # of student and teacher layers, one of MATCHINGS
+    align_layer: int | None = None  # of the student: its pair alone, not all k
+    control: str | None = None  # one of CONTROLS: what VAT is worth without the teacher's looking
     sparse: str = ""  # the stages in which the student has experts (rivals.py)
 
 
@@ -394,23 +542,28 @@ def distillation_loss(
     method: Method,
     weights: Mapping[str, float],
     totals: Mapping[str, Tensor] | None = None,
+    words: SharedWords | None = None,
 ) -> tuple[Tensor, dict[str, Term]]:
     """The whole method, from whole logits and whole attention maps -> L, and its terms by name.
 
     student, teacher: what their forward passes returned: .logits (B,T,V) and, from explicit_attention,
     .attentions {layer: (B,H,T,T)} of the layers to be aligned. batch: data.collate's. weights: of the terms
     of this stage. totals: the number that each sum is divided by, `loss_counts` of the global batch (default:
-    the counts of this batch alone).
+    the counts of this batch alone). words: of two vocabularies (vocabularies.py).
     """
     terms = {}
     if "lm" in weights:  # L_LM: say what the data says
         terms["lm"] = lm_loss(student.logits, batch["labels"])
     if "kl" in weights:  # L_KL: with the teacher's probabilities
-        terms["kl"] = kl_loss(student.logits, teacher.logits, batch["labels"], method.kl_shifted)
+        labels = batch.get("kl_labels", batch["labels"])  # kl_labels: of two vocabularies
+        terms["kl"] = kl_loss(student.logits, teacher.logits, labels, method.kl_shifted, words)
     if "adl" in weights:  # L_ADL: and look where the teacher looks
         rows, columns = query_rows(batch, method.rows), batch["visual_columns"]  # (B,T), (B,P)
-        student_maps = {i: visual_map(A, columns) for i, A in student.attentions.items()}  # {layer: (B,T,P)}
-        teacher_maps = {i: visual_map(A, columns) for i, A in teacher.attentions.items()}
+        seen = visual_maps_of_heads if DISTANCES[method.distance].heads else visual_map
+        student_maps = {i: seen(A, columns) for i, A in student.attentions.items()}  # {layer: (B,T,P)}
+        teacher_maps = {i: seen(A, columns) for i, A in teacher.attentions.items()}
+        if method.control:
+            teacher_maps = control_maps(teacher_maps, batch, method.control)
         targets = matched_targets(student_maps, teacher_maps, rows, method.matching)  # k of (B,T,P)
         terms["adl"] = visual_attention_loss(student_maps.values(), targets, rows, method.distance)
     totals = totals or {name: term.count for name, term in terms.items()}
@@ -428,7 +581,8 @@ def loss_counts(batch: dict, method: Method, weights: Mapping[str, float]) -> di
     if "lm" in weights:
         counts["lm"] = (next_tokens(labels) != IGNORE).sum()
     if "kl" in weights:
-        counts["kl"] = ((next_tokens(labels) if method.kl_shifted else labels) != IGNORE).sum()
+        compared = batch.get("kl_labels", labels)
+        counts["kl"] = ((next_tokens(compared) if method.kl_shifted else compared) != IGNORE).sum()
     if "adl" in weights:
         rows = query_rows(batch, method.rows)
         counts["adl"] = (rows.any(1) if DISTANCES[method.distance].counts == "samples" else rows).sum()

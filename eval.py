@@ -3,6 +3,7 @@
     python eval.py bench sugarcrepe --model DIR --annotations DIR --images DIR    # answers.py, also torchrun
     python eval.py attention --model tiny/teacher --image FILE --question "What colour is the circle?"
     python eval.py analyse similarity groups                                      # analyses.py
+    python eval.py analyse layers --model tiny/compodistill                       # layers.py
     python eval.py chat --model tiny/compodistill --image FILE                    # chat.py
 
 Here is the command line; the work is in evals/: how a reply or a caption is scored in scorers.py, what is
@@ -18,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported: no traceback
 
-from evals import analyses, answers, chat
+from evals import analyses, answers, chat, layers
 from evals.pictures import MADE, Case, attention_picture
 from evals.scorers import load
 from support.errors import BadInput, one_line
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
             attention_picture(models, [Case(args.image, args.question)], args.save)
             print(one_line(args.save))
         elif args.command == "analyse":
-            analyses.run(args)
+            (layers if "layers" in args.which else analyses).run(args)
         else:
             chat.run(args)
 

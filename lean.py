@@ -14,8 +14,10 @@ Shapes: B batch, T query tokens, S key tokens, R query rows asked for, P visual 
 width, V vocabulary, n rows of logits.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import distill
-from distill import IGNORE, Method, Term
+from distill import EPS, IGNORE, Method, SharedWords, Term
 from qwen import Output, fused_attention, probabilities
 
 # ---------------------------------------------------------------- attention: a map and no more
@@ -38,48 +40,57 @@ ALIGN = {"cuda": 8}  # queries and keys in multiples of it: for others a GPU has
 class VisualAttention:
     """An AttentionFunction (qwen.py): torch's fused attention, and beside it the map (B,R,P) of some rows.
 
-    distill.visual_map(A, columns)[:, rows], without ever holding A (B,H,T,S).
+    distill.visual_map(A, columns)[:, rows], without ever holding A (B,H,T,S); or of each head, (B,H,R,P).
     """
 
     rows: slice  # R query tokens, of every sample
     columns: Tensor  # (B,P) key tokens: a sample's visual tokens
+    heads: bool = False  # one map a head, and not their mean
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         out, _ = fused_attention(q, k, v, mask)
-        return out, visual_map(q, k, mask, self.rows, self.columns)
+        return out, visual_map(q, k, mask, self.rows, self.columns, self.heads)
 
 
 @torch.compiler.disable  # compiled, it would be compiled anew for every length
-def visual_map(q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor) -> Tensor:
+def visual_map(
+    q: Tensor, k: Tensor, mask: Tensor | None, rows: slice, columns: Tensor, heads: bool = False
+) -> Tensor:
     """The head mean of the attention of `rows` on `columns` -> (B,R,P), some rows at a time.
 
     Each part is computed again in the backward pass, unless it is small: in between only (B,R,P) stays, and
-    nothing with heads.
+    nothing with heads. With `heads` it is (B,H,R,P), H times as much.
     """
     (B, H, T, _), S, n = q.shape, k.shape[2], ALIGN.get(q.device.type, 1)
     step = max(n, GPU_SCORES // (B * H * S) // n * n) if q.is_cuda else QUERY_ROWS
     first = rows.start - rows.start % n
-    parts = [q.new_empty(B, 0, columns.shape[1], dtype=torch.float32)]  # there may be no row at all
+    shape = (B, H, 0, columns.shape[1]) if heads else (B, 0, columns.shape[1])
+    parts = [q.new_empty(shape, dtype=torch.float32)]  # there may be no row at all
     for start in range(first, rows.stop, step):
         stop = min(start + step, rows.stop)
         visible = S - T + stop  # keys; no query of these sees one beyond
         part_mask = None if mask is None else mask[:, :, start:stop, :visible]
-        inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S
+        inputs = q[:, :, start:stop], k[:, :, :visible], part_mask, columns, S, heads
         if B * H * (stop - start) * visible <= SMALL or not torch.is_grad_enabled():
             part = _map_of_part(*inputs)
         else:
             part = checkpoint(_map_of_part, *inputs, use_reentrant=False, preserve_rng_state=False)
-        parts.append(part[:, max(0, rows.start - start) :])
-    return torch.cat(parts, 1)
+        parts.append(part[..., max(0, rows.start - start) :, :])
+    return torch.cat(parts, -2)
 
 
-def _map_of_part(q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, keys: int) -> Tensor:
+def _map_of_part(
+    q: Tensor, k: Tensor, mask: Tensor | None, columns: Tensor, keys: int, heads: bool
+) -> Tensor:
     """The map of these queries; the keys after those that they see, up to `keys`, have no attention."""
     (_, H, R, _), visible = q.shape, k.shape[2]
     more = -visible % ALIGN.get(q.device.type, 1) if mask is None else 0
     if more:  # as many queries as keys, so that they see what they saw
         q, k = (F.pad(x, (0, 0, 0, more)) for x in (q, k))
     attention = probabilities(q, k, mask, q.dtype)  # in bfloat16 half the bytes; the sum is float32
+    if heads:
+        attention = F.pad(attention[:, :, :R, :visible].float(), (0, keys - visible))  # (B,H,R,S)
+        return distill.visual_maps_of_heads(attention, columns)
     head_mean = attention.sum(1, dtype=torch.float32)[:, :R, :visible] / H
     head_mean = F.pad(head_mean, (0, keys - visible))  # (B,R,S), R of these queries
     return head_mean.gather(2, columns[:, None, :].expand(-1, R, -1))
@@ -91,24 +102,27 @@ def shortest_slice(rows: Tensor) -> slice:
     return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
 
 
-def visual_attention_of(batch: dict, which: str) -> tuple[VisualAttention, Tensor]:
+def visual_attention_of(batch: dict, which: str, heads: bool = False) -> tuple[VisualAttention, Tensor]:
     """What sees the query rows `all`, `image` or `text` of a batch, and which of its R rows count, (B,R)."""
     rows = distill.query_rows(batch, which)
     some = shortest_slice(rows)
-    return VisualAttention(some, batch["visual_columns"]), rows[:, some]
+    return VisualAttention(some, batch["visual_columns"], heads), rows[:, some]
 
 
-def averaged(teacher: Output, student_layers: list[int], matching: str) -> Output:
+def teacher_targets(teacher: Output, student_layers: list[int], batch: dict, method: Method) -> Output:
     """The teacher's output with its maps averaged over their groups: fewer to hold while the student runs.
 
     They are k now, each matched to itself by `group` and by `simple`; adaptive matching chooses from all
-    maps.
+    maps. A control is a linear map, and comes to the same before and after the mean.
     """
-    if matching == "adaptive" or not teacher.attentions:
-        return teacher
-    groups = distill.match_layers(student_layers, list(teacher.attentions), matching)
-    means = distill.group_mean(teacher.attentions, groups)
-    return teacher._replace(attentions=dict(zip(student_layers, means)))
+    maps = teacher.attentions
+    if maps and method.matching != "adaptive":
+        groups = distill.match_layers(student_layers, list(maps), method.matching)
+        maps = dict(zip(student_layers, distill.group_mean(maps, groups)))
+    if maps and method.control:
+        first = shortest_slice(distill.query_rows(batch, method.rows)).start
+        maps = distill.control_maps(maps, batch, method.control, first)
+    return teacher._replace(attentions=maps)
 
 
 # ---------------------------------------------------------------- logits: at the answers, a few at a time
@@ -131,6 +145,27 @@ def kl_with_gradient(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Te
     return kl, log_s.exp_().sub_(p_t)
 
 
+def shared_kl_with_gradient(
+    words: SharedWords, student_logits: Tensor, teacher_logits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """distill.shared_kl_divergence, and its gradient.
+
+    Of a word that both have p_s - p_t, as ever; of the others p_s (1 - t/s), with s and t the probabilities
+    of all of the student's and of all of the teacher's. (Where the student has none of them, what the
+    teacher gives them is lost: p_s (1 - t) - p_t.)
+    """
+    log_s = distill.log_p_of_shared(student_logits, words.student, words.student_rest)  # (n,m+1)
+    p_t = distill.log_p_of_shared(teacher_logits, words.teacher, words.teacher_rest).exp()
+    kl = F.kl_div(log_s, p_t, reduction="sum")
+    p, t = student_logits.float().softmax(-1), p_t[:, -1:]
+    live = log_s[:, -1:] > math.log(EPS)
+    g = p * (1 - t * ~live)
+    g[:, words.student] -= p_t[:, :-1]
+    if len(words.student_rest):
+        g[:, words.student_rest] -= p[:, words.student_rest] * live * t / log_s[:, -1:].exp()
+    return kl, g
+
+
 def cross_entropy_with_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """-log softmax(s) at the targets (n,), summed, and its gradient: softmax(s), less 1 at the targets."""
     log_s, at = logits.float().log_softmax(-1), targets[:, None]
@@ -145,19 +180,22 @@ def answer_losses(
     weights: Mapping[str, float],
     totals: Mapping[str, Tensor],
     shifted: bool = True,
+    kl_labels: Tensor | None = None,
+    words: SharedWords | None = None,
 ) -> tuple[Tensor, dict[str, Term]]:
     """distill.lm_loss and kl_loss with some rows of logits of a model at a time.
 
-    student, teacher: final hidden states (B,T,C) and output matrix (V,C). Returns their weighted sum, divided
-    by the totals, which alone has a gradient, and the terms.
+    student, teacher: final hidden states (B,T,C) and output matrix (V,C). kl_labels, words: of two
+    vocabularies. Returns the weighted sum, divided by the totals, which alone has a gradient, and the terms.
     """
     targets = distill.next_tokens(labels)
     answers = targets != IGNORE  # where answers are predicted
-    compared = answers if shifted else labels != IGNORE  # where L_KL stands
+    kl_labels = labels if kl_labels is None else kl_labels
+    compared = (distill.next_tokens(kl_labels) if shifted else kl_labels) != IGNORE  # where L_KL stands
+    divergence = partial(shared_kl_with_gradient, words) if words else kl_with_gradient
     lm_weight, kl_weight = weights.get("lm", 0.0), weights.get("kl", 0.0)
-    if (
-        "lm" in weights and "kl" in weights and shifted
-    ):  # same positions, same total: one pass over the logits
+    # same positions, same total: one pass over the logits
+    if "lm" in weights and "kl" in weights and shifted and not words:
         loss, lm, kl = logit_losses(student, teacher, answers, targets, lm_weight, kl_weight)
         count = answers.sum()
         return loss / totals["lm"].clamp(min=1), {"lm": Term(lm, count), "kl": Term(kl, count)}
@@ -166,7 +204,7 @@ def answer_losses(
         part, lm, _ = logit_losses(student, None, answers, targets, lm_weight)
         loss, terms["lm"] = loss + part / totals["lm"].clamp(min=1), Term(lm, answers.sum())
     if "kl" in weights:
-        part, _, kl = logit_losses(student, teacher, compared, kl_weight=kl_weight)
+        part, _, kl = logit_losses(student, teacher, compared, None, 0.0, kl_weight, divergence)
         loss, terms["kl"] = loss + part / totals["kl"].clamp(min=1), Term(kl, compared.sum())
     return loss, terms
 
@@ -249,6 +287,7 @@ def distillation_loss(
     method: Method,
     weights: Mapping[str, float],
     totals: Mapping[str, Tensor],
+    words: SharedWords | None = None,
 ) -> tuple[Tensor, dict[str, Term]]:
     """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
 
@@ -258,7 +297,8 @@ def distillation_loss(
     """
     of_teacher = (teacher.hidden, heads[1]) if "kl" in weights else None
     of_student = student.hidden, heads[0]
-    loss, terms = answer_losses(of_student, of_teacher, batch["labels"], weights, totals, method.kl_shifted)
+    labels = batch["labels"], weights, totals, method.kl_shifted, batch.get("kl_labels"), words
+    loss, terms = answer_losses(of_student, of_teacher, *labels)
     if "adl" in weights:
         targets = distill.matched_targets(student.attentions, teacher.attentions, rows, method.matching)
         adl = distill.visual_attention_loss(student.attentions.values(), targets, rows, method.distance)

@@ -5,8 +5,8 @@
 q, k and v have a bias, nothing else has; rotary positions; RMSNorm (root mean square norm); SwiGLU (a gated
 MLP); keys and values may be shared by groups of heads; the output head may be tied to the embedding. Left out
 on purpose: sliding windows (use_sliding_window is false in every Qwen1.5 checkpoint; true is an error), rope
-scaling, dropout. With num_experts every other MLP is a mixture of experts (moe.py), which no Qwen1.5 is, but
-LLaVA-MoD's student.
+scaling, dropout. Without the biases it is Llama (model_type llama). With num_experts every other MLP is a
+mixture of experts (moe.py), which no Qwen1.5 is, but LLaVA-MoD's student.
 
 Every layer attends through a function of one signature, AttentionFunction. A caller who wants to see the
 attention of a layer gives that layer another one:
@@ -48,6 +48,7 @@ class QwenConfig:
     max_position_embeddings: int = 32768
     hidden_act: str = "silu"
     num_experts: int = 0  # of every other layer; 0: all are dense
+    qkv_bias: bool = True  # False: model_type llama, which is the same network without it
 
 
 class Output(NamedTuple):
@@ -129,9 +130,9 @@ class Attention(nn.Module):
         self.head_dim = c.hidden_size // c.num_attention_heads
         self.groups = c.num_attention_heads // c.num_key_value_heads  # query heads that share a key head
         kv_width = c.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size)
-        self.k_proj = nn.Linear(c.hidden_size, kv_width)
-        self.v_proj = nn.Linear(c.hidden_size, kv_width)
+        self.q_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, kv_width, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
     def forward(

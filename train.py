@@ -35,6 +35,7 @@ import data
 import distill
 import lean
 import rivals
+import vocabularies
 from distill import Method, Term
 from model import DTYPES, VLM, pick_device
 from qwen import explicit_attention
@@ -65,6 +66,7 @@ class Step(nn.Module):
         weights: Mapping[str, float],
         plain: bool = False,
         precision: str = "fp32",
+        tokenizers: str = "same",
     ):
         super().__init__()
         known = lean.TERMS | rivals.TERMS
@@ -78,6 +80,11 @@ class Step(nn.Module):
         self.teacher = [teacher]  # in a list, so that it is no part of what is trained, wrapped or saved
         self.plain, self.precision = plain, precision
         self.kept: dict[str, Tensor] = {}  # Gram matrices of frozen heads (rivals.py)
+        self.words = None  # that two vocabularies have in common
+        if tokenizers == "aligned" and teacher is not None:
+            pair = [(vlm.tokenizer, vlm.config.text.vocab_size) for vlm in (student, teacher)]
+            words = vocabularies.shared_words(*zip(*pair))
+            self.words = distill.SharedWords(*(ids.to(student.device) for ids in words))
         self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
         stages = method.weights.values()
         if teacher is not None and any(terms.keys() - rivals.OUTPUT_LOSSES for terms in stages):
@@ -93,9 +100,12 @@ class Step(nn.Module):
         """batch: data.collate's; totals: rivals.loss_counts, added up over the global batch."""
         student, teacher, ids = self.student, self.teacher[0], batch["input_ids"]
         t = rows = None
-        attend = explicit_attention  # whole maps (B,H,T,T)
+        read = batch.get("teacher", batch)  # by the teacher, whose tokens may be others
+        attend = teacher_attend = explicit_attention  # whole maps (B,H,T,T)
         if self.student_layers and not self.plain:  # or of them what is read, (B,R,P)
-            attend, rows = lean.visual_attention_of(batch, self.method.rows)
+            heads = distill.DISTANCES[self.method.distance].heads
+            attend, rows = lean.visual_attention_of(batch, self.method.rows, heads)
+            teacher_attend, _ = lean.visual_attention_of(read, self.method.rows, heads)
         # no attention mask: causality hides padding on the right
         with torch.no_grad():  # frozen, so held in the dtype of its products
             z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models
@@ -104,12 +114,15 @@ class Step(nn.Module):
             if teacher is not None:
                 teacher_tokens = teacher.adapter(z)  # P_t(z) (N,P,C_t)
                 t = teacher.lm(
-                    inputs_embeds=teacher.embed(ids, visual_tokens=teacher_tokens),  # (B,T,C_t)
-                    attention=dict.fromkeys(self.teacher_layers, attend),
+                    inputs_embeds=teacher.embed(read["input_ids"], visual_tokens=teacher_tokens),  # (B,T,C_t)
+                    attention=dict.fromkeys(self.teacher_layers, teacher_attend),
                     logits=self.plain,
                 )
+                if read is not batch:
+                    some = None if rows is None else (attend.rows, teacher_attend.rows)
+                    t = vocabularies.as_the_student_reads(t, batch, some)
                 if not self.plain:
-                    t = lean.averaged(t, self.student_layers, self.method.matching)
+                    t = lean.teacher_targets(t, self.student_layers, batch, self.method)
         with parallel.compute_dtype(self.precision, ids.device):
             if self.method.taf and teacher is not None:
                 visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z)) (N,P,C_s)
@@ -125,10 +138,11 @@ class Step(nn.Module):
             if self.weights.keys() & rivals.PROJECTED:  # (B,T,C_s) -> (n,C_t), n tokens that are no padding
                 projected = student.projector(s.hidden[batch["attention_mask"]])
         heads = student.lm.head_weight, None if teacher is None else teacher.lm.head_weight
+        how = batch, self.method, self.weights, totals, self.words
         if self.plain:
-            loss, terms = distill.distillation_loss(s, t, batch, self.method, self.weights, totals)
+            loss, terms = distill.distillation_loss(s, t, *how)
         else:
-            loss, terms = lean.distillation_loss(s, t, heads, rows, batch, self.method, self.weights, totals)
+            loss, terms = lean.distillation_loss(s, t, heads, rows, *how)
         others = rivals.rival_terms(s, t, heads, projected, batch, self.weights, self.kept)
         for name, term in others.items():
             loss = loss + self.weights[name] * term.sum / totals[name].clamp(min=1)
@@ -159,7 +173,7 @@ def train_steps(c: Config) -> Iterator[tuple[int, VLM]]:
     # models and data
     torch.manual_seed(c.seed)  # the same new weights on every rank
     student, teacher = load_models(c, device)
-    step_module = Step(student, teacher, c.method, c.weights, c.plain, c.precision)
+    step_module = Step(student, teacher, c.method, c.weights, c.plain, c.precision, c.tokenizers)
     dataset = open_data(c, student, teacher)
     held_out = open_validation(c, dataset)
     steps = c.steps or math.ceil(c.epochs * len(dataset) / c.global_batch)
@@ -355,6 +369,7 @@ def open_data(c: Config, student: VLM, teacher: VLM | None) -> data.LlavaDataset
         skip_bad=c.skip_bad_samples,
         only_pictures=captions,
         pairs=pairs,
+        teacher_tokenizer=teacher.tokenizer if teacher and c.tokenizers == "aligned" else None,
     )
     of_attention, of_pictures = c.weights.keys() - rivals.OUTPUT_LOSSES, c.weights.keys() & rivals.OF_PICTURES
     if (of_attention or of_pictures) and not dataset.records.has_image.any():

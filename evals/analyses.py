@@ -503,7 +503,7 @@ def picture_rows(drawn: list[tuple[Path, str, str, np.ndarray]]) -> list[dict]:
     return rows
 
 
-ANALYSES = (*figures.FIGURES, "picture")
+ANALYSES = ("attention", "similarity", "groups", "intervention", "picture")
 
 
 # ---------------------------------------------------------------- files
@@ -633,7 +633,8 @@ def find_students(args: argparse.Namespace) -> tuple[dict[str, Path], str]:
 def add_arguments(commands) -> None:
     """The subcommand `analyse` of eval.py."""
     single = commands.add_parser("analyse", help="the paper's analyses of attention: figures and numbers")
-    single.add_argument("which", nargs="+", choices=ANALYSES, metavar="ANALYSIS", help=" | ".join(ANALYSES))
+    names = [*ANALYSES, "layers"]
+    single.add_argument("which", nargs="+", choices=names, metavar="ANALYSIS", help=" | ".join(names))
     for name, text in {"sugarcrepe": "caption pairs", "gqa": "recognition questions"}.items():
         single.add_argument(
             f"--{name}", nargs=2, type=Path, metavar=("ANNOTATIONS", "IMAGES"),
@@ -641,6 +642,7 @@ def add_arguments(commands) -> None:
         )  # fmt: skip
     single.add_argument("--image", type=Path, help="of `picture`, with --question (default: test items)")
     single.add_argument("--question", help="of `picture`")
+    single.add_argument("--model", nargs="+", help="of `layers`: checkpoint folders or hub names")
     add_common_arguments(single, "out/ANALYSIS")
 
 

@@ -147,9 +147,22 @@ def training_panels(figure, rows: list[dict]) -> None:
             axes.set_xlabel("step of stage 2")
 
 
+def loss_panels(figure, rows: list[dict]) -> None:
+    """What each layer is worth over the depth, a panel for each kind of items; the paper's layers shaded."""
+    kinds = list(dict.fromkeys(row["items"] for row in rows))
+    for axes, items in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds):
+        axes.axvspan(0.3, 0.7, color="#999999", alpha=0.18, lw=0, label="30 to 70 % of the depth")
+        own = [row for row in rows if row["items"] == items]
+        curves(axes, own, lambda row: row["layer"] / row["layers"], "loss")
+        axes.set_title(f"{items} items", fontsize=10)
+        axes.set_xlabel("depth: layer / number of layers (0 is the first)")
+        axes.set_ylabel("accuracy that is lost, points")
+
+
 FIGURES = {  # name -> panels, inches, title
     "attention": (attention_panels, (9, 7), "Where the answering position looks"),
     "similarity": (similarity_panels, (9, 7), "Attention of student and teacher: cosine over text rows"),
     "groups": (group_panels, (10, 4.5), "Items grouped by similarity to the teacher, and their answers"),
     "intervention": (intervention_panels, (11, 4.5), "Visual attention replaced in the understanding layers"),
+    "layers": (loss_panels, (10, 4.5), "Visual attention made uniform in one layer"),
 }

@@ -71,7 +71,9 @@ def _name(name: str, layout: str) -> str:
 
 def _parts_config(c: VLMConfig) -> dict:
     """What every layout says in the same words."""
-    text = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
+    text = {"architectures": ["LlamaForCausalLM"]}
+    if c.text.qkv_bias:
+        text = {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False}
     return {
         "text_config": text | qwen_fields(c.text),
         "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False} | asdict(c.vision),

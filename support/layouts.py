@@ -57,6 +57,9 @@ ONLY: dict[str, tuple] = {
     "post_connector_use": (True, False),
     "post_connector_gelu": (True, False),
     "use_sliding_window": (False,),
+    "attention_bias": (False,),  # of llama
+    "mlp_bias": (False,),
+    "pretraining_tp": (1,),
     "use_qk_norm": (False,),
     "partial_rotary_factor": (1.0,),
     "quantization_config": (),
@@ -125,11 +128,26 @@ def to_dataclass(cls: type, config: dict, file: Path):
     return cls(**{name: x for name, x in values.items() if x is not None})
 
 
+# model_type -> fields that are others than QwenConfig's, which are those of transformers' Qwen2, by default
+FAMILIES = {
+    "qwen2": {},
+    "llama": {
+        "qkv_bias": False,
+        "vocab_size": 32000,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
 def qwen_config(config: dict, file: Path) -> QwenConfig:
     """From a config.json of transformers 4 or 5, whole (`text_config` inside) or the language part alone."""
     config = section(config, "text_config", file)
-    if config.get("model_type") != "qwen2":
-        raise BadInput(f"{file}: model_type {config.get('model_type')!r} is not qwen2, the family of Qwen1.5")
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise BadInput(
+            f"{file}: model_type {f'{family!r}':.60} is not qwen2, the family of Qwen1.5, nor llama"
+        )
     # transformers 5 writes rope_theta into rope_parameters, 4.x beside it
     rope = section({"rope_parameters": config.get("rope_parameters") or {}}, "rope_parameters", file)
     scaling = section({"rope_scaling": config.get("rope_scaling") or rope}, "rope_scaling", file)
@@ -146,7 +164,11 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
     if len({x for x in (rope.get("rope_theta"), config.get("rope_theta")) if x is not None}) > 1:
         raise BadInput(f"{file}: rope_theta and that of rope_parameters differ; leave the right one")
     check_only(config, file)
-    c = to_dataclass(QwenConfig, {"rope_theta": rope.get("rope_theta"), **config}, file)
+    given = {name: x for name, x in config.items() if x is not None}
+    if family == "llama" and "num_attention_heads" in given:
+        given.setdefault("num_key_value_heads", given["num_attention_heads"])
+    c = to_dataclass(QwenConfig, {"rope_theta": rope.get("rope_theta"), **FAMILIES[family], **given}, file)
+    c = replace(c, qkv_bias=family == "qwen2")
     if c.hidden_size % c.num_attention_heads or c.num_attention_heads % c.num_key_value_heads:
         raise BadInput(
             f"{file}: width {c.hidden_size}, {c.num_attention_heads} heads and {c.num_key_value_heads} "
@@ -163,7 +185,9 @@ def qwen_config(config: dict, file: Path) -> QwenConfig:
 
 def qwen_fields(c: QwenConfig) -> dict:
     """What a config.json says of a language model: of experts, which no Qwen2 has, only where there are."""
-    return {"model_type": "qwen2"} | {name: x for name, x in asdict(c).items() if name != "num_experts" or x}
+    family = "qwen2" if c.qkv_bias else "llama"
+    fields = {name: x for name, x in asdict(c).items() if name != "qkv_bias" and (name != "num_experts" or x)}
+    return {"model_type": family} | fields
 
 
 def siglip_config(config: dict, file: Path) -> SiglipConfig:

@@ -300,20 +300,23 @@ def make_pairs(folder: Path, name: str = "tune") -> Path:
     return file
 
 
-def make_tokenizer() -> Tokenizer:
-    """Make a byte-level byte-pair encoding of Qwen's class for the world's text: a token a word."""
+def make_tokenizer(words: bool = True) -> Tokenizer:
+    """Make a byte-level byte-pair encoding of Qwen's class for the world's text: a token a word.
+
+    Without `words` it has too few merges for that, and cuts some of them in two.
+    """
     units = rf"{re.escape(SYSTEM.strip())}| ?USER:| ?ASSISTANT:"  # said in every conversation: one token each
-    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(f"{units}|{words}"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(f"{units}|{pattern}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1000,
+        vocab_size=1000 if words else 440,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=[END_OF_TEXT],
         show_progress=False,

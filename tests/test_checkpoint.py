@@ -154,8 +154,8 @@ def test_multimodal_model_given_to_a_part(load, layout):
 
 @pytest.mark.parametrize("load", [model.load, model.load_lm, model.load_vision])
 def test_another_family(load, folder):
-    change_config(folder, model_type="llama")
-    refused(load, folder, folder / "config.json", "'llama'")
+    change_config(folder, model_type="mistral")
+    refused(load, folder, folder / "config.json", "'mistral'")
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])

@@ -60,6 +60,25 @@ def pictures() -> list[Image.Image]:
 # ---------------------------------------------------------------- Hugging Face LLaVA: the model
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@torch.no_grad()
+def test_a_llama_inside(tied, tmp_path):
+    """Every layout says so, and is read as the same model; that of Hugging Face by transformers, too."""
+    text = dict(qkv_bias=False, tie_word_embeddings=tied, rope_theta=5e4)
+    vlm = tiny(tiny_tokenizer(), text)
+    assert not any(name.endswith("q_proj.bias") for name in vlm.lm.state_dict())
+    ours = torch.tensor([[5, *PICTURE, 7, 8], [*PICTURE, 9, 10, 11]])
+    expected = vlm(ours, PIXELS[:2]).logits
+    for layout in LAYOUTS:
+        vlm.save(tmp_path / layout, layout)
+        assert read(tmp_path / layout / "config.json")["text_config"]["model_type"] == "llama"
+        got = model.load(tmp_path / layout)(ours, PIXELS[:2]).logits
+        torch.testing.assert_close(got[..., : expected.shape[-1]], expected, **CLOSE)
+    theirs = ours.masked_fill(ours == IMAGE_TOKEN, WORD)
+    got = llava_of(tmp_path / "hf")(input_ids=theirs, pixel_values=PIXELS[:2]).logits
+    torch.testing.assert_close(got[..., : expected.shape[-1]], expected, **CLOSE)
+
+
 @pytest.mark.parametrize("layer", [-2, -1])
 @pytest.mark.parametrize("drop", [False, True], ids=["all patches", "first patch dropped"])
 @pytest.mark.parametrize("vocabulary", [IDS, 270], ids=["no row free", "rows free"])

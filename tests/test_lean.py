@@ -18,7 +18,7 @@ import distill
 import lean
 import model
 import train
-from distill import DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
+from distill import CONTROLS, DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
 from helpers import in_full
 from lean import VisualAttention, answer_losses, shortest_slice
 from support.world import TINY, make_world
@@ -292,8 +292,14 @@ for rows in ("all", "image", "text"):
     VARIED |= {f"{name}, {rows} rows": replace(PAPER, distance=name, rows=rows) for name in DISTANCES}
 VARIED |= {f"{how} matching": replace(PAPER, matching=how) for how in ("simple", "adaptive")}
 VARIED |= {f"{which} layers": replace(PAPER, layers=which) for which in ("early", "later", "all")}
+VARIED |= {f"{how} maps": replace(PAPER, control=how) for how in CONTROLS}
+VARIED |= {f"{how} maps, text rows": replace(METHODS["compodistill-rows"], control=how) for how in CONTROLS}
 VARIED |= {
+    "shuffled heads": replace(PAPER, distance="matched-heads", rows="text", control="shuffled"),
     "adaptive rows": replace(METHODS["compodistill-rows"], matching="adaptive"),
+    "layers by number": replace(PAPER, layers="1,2", teacher_layers="2-4"),
+    "one pair": replace(PAPER, align_layer=2),
+    "one pair, adaptive": replace(PAPER, align_layer=2, matching="adaptive"),
     "no KL": Method({"2": {"lm": 1.0, "adl": 1.0}}),
     "half the KL": Method({"2": {"lm": 1.0, "kl": 0.5, "adl": 3.0}}),
     "half the unshifted KL": Method({"2": {"lm": 1.0, "kl": 0.5}}, kl_shifted=False),

@@ -63,18 +63,20 @@ SHAPES = {
     "one wide head, large eps": dict(
         num_attention_heads=1, num_key_value_heads=1, num_hidden_layers=1, rms_norm_eps=1e-2
     ),
+    "llama": dict(family="Llama", num_key_value_heads=2, rope_theta=5e5),
+    "llama, tied": dict(family="Llama", num_key_value_heads=4, tie_word_embeddings=True),
 }
 
 
-def random_transformers_model(**changes):
+def random_transformers_model(family="Qwen2", **changes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     theta = changes.pop("rope_theta", SIZES["rope_theta"])
-    config = transformers.Qwen2Config(**{**SIZES, "rope_theta": theta, **changes})
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "rope_theta": theta, **changes})
     if hasattr(config, "rope_parameters"):
         config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
     config._attn_implementation = "eager"
-    return randomize(transformers.Qwen2ForCausalLM(config))
+    return randomize(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,6 +86,7 @@ def test_logits_and_attention_equal_transformers(shape, tmp_path):
     theirs.save_pretrained(tmp_path)
     ours = model.load_lm(tmp_path)
     assert (ours.lm_head is None) == SHAPES[shape].get("tie_word_embeddings", False)
+    assert ("model.layers.0.self_attn.q_proj.bias" in ours.state_dict()) == ("llama" not in shape)
     layers = range(len(ours.model.layers))
     for mask in (torch.ones_like(RIGHT), RIGHT):
         expected = theirs(IDS, attention_mask=mask.long(), output_attentions=True)
@@ -293,13 +296,20 @@ def test_config_of_transformers_4_and_5(version, nested):
     )
 
 
-def test_config_fields_that_a_file_leaves_out_have_transformers_defaults():
+@pytest.mark.parametrize("family", ["Qwen2", "Llama"])
+def test_config_fields_that_a_file_leaves_out_have_transformers_defaults(family):
     transformers = pytest.importorskip("transformers")
-    ours = layouts.qwen_config({"model_type": "qwen2"}, FILE)
-    theirs = transformers.Qwen2Config().to_dict()
+    ours = layouts.qwen_config({"model_type": family.lower()}, FILE)
+    theirs = getattr(transformers, f"{family}Config")().to_dict()
     theirs = {"rope_theta": (theirs.get("rope_parameters") or {}).get("rope_theta"), **theirs}
+    own = {"num_experts": 0, "qkv_bias": family == "Qwen2"}  # what theirs have no field for
     for name, value in vars(ours).items():
-        assert theirs.get(name, 0 if name == "num_experts" else None) == value, name
+        assert theirs.get(name, own.get(name)) == value, name
+    some = {"model_type": family.lower(), "num_attention_heads": 8, "hidden_size": 64, "head_dim": 8}
+    theirs = getattr(transformers, f"{family}Config")(**some)
+    if family == "Llama":  # as many key heads as heads
+        assert layouts.qwen_config(some, FILE).num_key_value_heads == theirs.num_key_value_heads == 8
+    assert layouts.qwen_config(layouts.qwen_fields(ours), FILE) == ours
 
 
 @pytest.mark.parametrize(
@@ -310,8 +320,14 @@ def test_config_fields_that_a_file_leaves_out_have_transformers_defaults():
         {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
         {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn", "factor": 4.0}},
         {"hidden_act": "gelu"},
-        {"model_type": "llama"},
+        {"model_type": "mistral"},
         {"model_type": None},
+        {"model_type": ["llama"]},
+        {"model_type": "llama", "attention_bias": True},
+        {"model_type": "llama", "mlp_bias": True},
+        {"model_type": "llama", "pretraining_tp": 2},
+        {"model_type": "llama", "head_dim": 64},
+        {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
     ],
     ids=json.dumps,
 )

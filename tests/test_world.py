@@ -180,6 +180,42 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch, capsys):
         main([*argv, "--seed", "1"])
 
 
+def test_another_teacher(tmp_path, monkeypatch, capsys):
+    """make --other: Llama, grouped keys, an untied head, another width, depth and tokenizer. A student of the
+    usual kind learns from it, and is scored; attention of other tokens is not compared unawares.
+    """
+    small(monkeypatch)
+    make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
+    main(["make", "--other", "--out", str(tmp_path), "--steps", "2"])
+    assert not (tmp_path / "student").exists() and not (tmp_path / "compodistill").exists()
+    text = json.loads((tmp_path / "teacher/config.json").read_text())["text_config"]
+    assert text["model_type"] == "llama" and not text["tie_word_embeddings"] and text["rope_theta"] == 1e4
+    assert (text["num_attention_heads"], text["num_key_value_heads"]) == (4, 2)
+    with pytest.raises(SystemExit, match="has models of .*choose another --out"):
+        main(["make", "--out", str(tmp_path), "--steps", "2"])
+
+    words = [
+        "--out",
+        str(tmp_path),
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    with pytest.raises(SystemExit, match="tokenizers differ; give --tokenizers aligned"):
+        train.main(words)
+    train.main([*words, "--tokenizers", "aligned"])
+    log = [json.loads(line) for line in (tmp_path / "compodistill/stage2.jsonl").read_text().splitlines()]
+    assert 0 < log[-1]["adl"] < 1 and log[-1]["kl"] > 0
+    capsys.readouterr()
+    score = ["score", "--model", str(tmp_path / "compodistill/stage3"), "--world", str(tmp_path / "world")]
+    main([*score, "--teacher", str(tmp_path / "teacher")])
+    said = capsys.readouterr().out
+    assert "no similarity to" in said and "tokenizers differ" in said and "| recognition |" in said
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_maker_that_was_stopped_goes_on_to_the_same_models(tmp_path, monkeypatch, capsys, number):
     """Asked to stop in the middle of a language model, and again in a stage of the teacher: one sentence each

@@ -67,6 +67,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of all outputs")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--steps", type=whole, help="of each of the teacher's stages (default: the recipe's)")
+    add("--other", action="store_true", help="a teacher of another family, shape and tokenizer")
     return parse(parser, argv)
 
 

@@ -4,7 +4,10 @@
     vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
     teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
     teacher              stages 0a and 0b of train.py on vision and teacher-lm
-    compodistill         a student: what `python -m tiny` then leaves in out/compodistill/stage3
+
+The students that ship are what `python -m tiny` then leaves in out/NAME/stage3. With --other it makes another
+teacher, of another family (Llama), shape and tokenizer than its students will be, for
+`train.py --teacher FOLDER/teacher --tokenizers aligned`.
 
 A part that is there already is not made again, so that a command that was stopped goes on. The README has the
 time that it takes, and the teacher's scores.
@@ -47,32 +50,45 @@ SIZES = {  # understanding layers: teacher 2, 3, 4 of 6; student 2, 3 of 5; so t
     "teacher-lm": dict(hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2),
     "student": dict(hidden_size=48, intermediate_size=96, num_hidden_layers=5, num_attention_heads=2),
 }
+OTHER = {  # --other: understanding layers 3, 4, 5 of 8
+    "teacher-lm": dict(
+        hidden_size=80,
+        intermediate_size=160,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+        rope_theta=1e4,
+        qkv_bias=False,
+    )
+}
 
 
 def make_tiny(args: argparse.Namespace) -> None:
     """Write vision, teacher-lm, student and teacher into args.out, those that are not there yet."""
     check_writable(args.out)
     file, made = args.out / "make.json", {"seed": args.seed, "steps": args.steps}
+    made |= {"other": True} if args.other else {}
     if file.exists() and read_json(file) != made:
         raise BadInput(f"{args.out} has models of {read_json(file)}, not of {made}; choose another --out")
     if not file.exists() and (args.out / "vision").exists():
         raise BadInput(f"{args.out / 'vision'} is there, and {file} is not; choose another --out")
     write_atomically(file, json.dumps(made))
-    tokenizer = world.make_tokenizer()
+    tokenizer, sizes = world.make_tokenizer(words=not args.other), OTHER if args.other else SIZES
     if not (args.out / "vision").exists():
         torch.manual_seed(args.seed)
         make_vision(args.out / "vision", args.seed)
-    for name in SIZES:
+    for name, size in sizes.items():
         if not (args.out / name).exists():
             torch.manual_seed(args.seed)
-            make_lm(args.out / name, tokenizer, args.seed)
+            make_lm(args.out / name, tokenizer, args.seed, size)
     if not (args.out / "teacher").exists():
         try:
             make_teacher(args.out, made)
         except Stopped as stopped:
             return print(stopped)
     scenes = read_json(args.out / "world/world.json").get("tune")
-    print(f"{args.out}: vision, {', '.join(SIZES)}, teacher, which has learned from {scenes} scenes")
+    print(f"{args.out}: vision, {', '.join(sizes)}, teacher, which has learned from {scenes} scenes")
 
 
 def make_vision(folder: Path, seed: int) -> None:
@@ -83,17 +99,11 @@ def make_vision(folder: Path, seed: int) -> None:
     write_folder(folder, tensors, {"model_type": "siglip_vision_model", **asdict(VISION)})
 
 
-def make_lm(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
-    """A language model of the size that the folder's name has, as a plain Qwen checkpoint."""
-    size = SIZES[folder.name]
-    config = QwenConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        num_key_value_heads=size["num_attention_heads"],
-        rope_theta=1e6,
-        tie_word_embeddings=True,
-        max_position_embeddings=1024,
-        **size,
-    )
+def make_lm(folder: Path, tokenizer: Tokenizer, seed: int, size: dict) -> None:
+    """A language model of a size, as a plain Qwen (or Llama) checkpoint."""
+    usual = dict(num_key_value_heads=size["num_attention_heads"], rope_theta=1e6, tie_word_embeddings=True)
+    words = tokenizer.get_vocab_size()
+    config = QwenConfig(vocab_size=words, max_position_embeddings=1024, **usual | size)
     lm = Qwen(config)
     pretrain_text(lm, tokenizer, seed, folder.name)
     files = {"tokenizer.json": tokenizer.to_str(pretty=True)}

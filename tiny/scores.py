@@ -51,8 +51,10 @@ def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | N
 
     The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
     each kind and over the layers that the paper aligns, each against the mean of its teacher layers.
-    ValueError: another number of layers, visual tokens or words than this teacher can be compared with.
+    ValueError: another tokenizer, number of layers or of visual tokens than this teacher has.
     """
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise ValueError("their tokenizers differ")
     method = METHODS["compodistill"]
     depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
     student_layers, teacher_layers = distill.aligned_layers(method, *depths)

@@ -9,7 +9,7 @@ import data
 import model
 import moe
 import rivals
-from distill import LM, TeacherAdapterFetch
+from distill import LM, TeacherAdapterFetch, numbered_layers
 from model import DTYPES, VLM
 from support.checkpoint import find
 from support.errors import BadInput
@@ -37,7 +37,7 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
     student.require_tokenizer()
     if teacher is not None:
         try:
-            check_pair(student, teacher, c.method.taf)
+            check_pair(student, teacher, c.method.taf, c.tokenizers)
         except BadInput as error:
             raise BadInput(f"student {start}, teacher {c.teacher}: {error}") from None
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
@@ -91,7 +91,7 @@ def choose_trained(student: VLM, c: Config) -> None:
 
     That is trained whole, or through LoRA (low-rank adaptation). A new stage starts a new LoRA; the one
     before was merged when its stage was saved. In the stages with experts only the MLPs of the language model
-    are trained, dense ones and experts, and the routers, those whole in any case.
+    are trained, dense ones and experts, and the routers, those whole in any case. --freeze-layers stay.
     """
     student.requires_grad_(False).train()
     taf = isinstance(student.adapter, TeacherAdapterFetch)
@@ -100,8 +100,16 @@ def choose_trained(student: VLM, c: Config) -> None:
         student.projector.requires_grad_(True)
     if c.stage not in ("0a", "1"):
         layers, sparse = student.lm.model.layers, c.stage in c.method.sparse
-        tuned = nn.ModuleList(layer.mlp for layer in layers) if sparse else layers
+        frozen = numbered_layers(c.freeze_layers) if c.freeze_layers else []
+        if frozen and frozen[-1] >= len(layers):
+            raise BadInput(
+                f"--freeze-layers {c.freeze_layers}: {c.student} has layers 0 to {len(layers) - 1}"
+            )
+        free = [layer for i, layer in enumerate(layers) if i not in frozen]
+        tuned = nn.ModuleList(layer.mlp for layer in free) if sparse else nn.ModuleList(free)
         (tuned if sparse else student.lm).requires_grad_(c.tune == "full")
+        for i in frozen:
+            layers[i].requires_grad_(False)
         if c.tune == "lora":
             lora.add_lora(tuned, c.lora_rank, c.lora_alpha, c.lora_dropout)
         for module in tuned.modules():
@@ -109,8 +117,11 @@ def choose_trained(student: VLM, c: Config) -> None:
                 module.requires_grad_(True)
 
 
-def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
-    """Both must read the same ids and the same visual tokens, or the losses compare nothing."""
+def check_pair(student: VLM, teacher: VLM, taf: bool, tokenizers: str = "same") -> None:
+    """Both must read the same ids and the same visual tokens, or the losses compare nothing.
+
+    tokenizers: "aligned" where their ids may be others.
+    """
     ours, theirs = student.config, teacher.config
     if (ours.vision_layer, ours.drop_first_patch) != (theirs.vision_layer, theirs.drop_first_patch):
         raise BadInput(
@@ -119,8 +130,10 @@ def check_pair(student: VLM, teacher: VLM, taf: bool) -> None:
     words = student.tokenizer.get_vocab()
     other = teacher.tokenizer.get_vocab() if teacher.tokenizer else words
     differ = any(other.get(word) != i for word, i in words.items())
-    if differ or max(words.values()) >= theirs.text.vocab_size:
-        raise BadInput("their tokenizers differ; distillation needs models of one family")
+    if tokenizers == "aligned":
+        teacher.require_tokenizer()
+    elif differ or max(words.values()) >= theirs.text.vocab_size:
+        raise BadInput("their tokenizers differ; give --tokenizers aligned, or models of one family")
     if taf != isinstance(student.adapter, TeacherAdapterFetch):
         has, flag = ("an adapter of its own", "--no-taf") if taf else ("the teacher's adapter", "--taf")
         raise BadInput(

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from distill import DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method
+from distill import CONTROLS, DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method, numbered_layers
 from rivals import RIVALS
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput
@@ -82,7 +82,9 @@ class Config:
     batch_size: int  # samples per device and micro-batch
     accumulation: int  # micro-batches per step
     global_batch: int  # ranks x batch_size x accumulation
+    tokenizers: str  # of student and teacher: same or aligned
     tune: str  # full or lora
+    freeze_layers: str | None  # of the student's language model, by number
     lora_rank: int
     lora_alpha: float
     lora_dropout: float
@@ -162,6 +164,7 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
         "vision": (args.vision or str(TINY / "vision")) if stage in ("0a", "1") and not taught else None,
         "global_batch": product,
         "lora_dropout": values["lora_dropout"] or 0.0,
+        "freeze_layers": args.freeze_layers if distils(stage, args.method) else None,
         "gradient_checkpointing": bool(values["gradient_checkpointing"]),
     }
     return Config(**{field.name: values[field.name] for field in fields(Config)})
@@ -173,13 +176,15 @@ def before(stage: str, method: Method) -> str | None:
     return order[order.index(stage) - 1] if stage in order[1:] else None
 
 
+def distils(stage: str, method: Method) -> bool:
+    """Whether the stage has a loss that a teacher takes part in."""
+    return bool(method.weights.get(stage, LM).keys() - LM.keys())
+
+
 def has_teacher(stage: str, method: Method) -> bool:
     """Whether the stage distils from one or, being the first, takes its eyes or its adapter."""
-
-    def distils(which: str) -> bool:
-        return bool(method.weights.get(which, LM).keys() - LM.keys())
-
-    return distils(stage) or (stage == "1" and (method.taf or any(map(distils, method.weights))))
+    any_stage = any(distils(which, method) for which in method.weights)
+    return distils(stage, method) or (stage == "1" and (method.taf or any_stage))
 
 
 def needed_models(stage: str, method: Method) -> list[str]:
@@ -303,15 +308,28 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--taf", action=argparse.BooleanOptionalAction, help="TAF, teacher adapter fetch: keep the teacher's "
         "adapter, train one linear map behind it")
     add("--kl-weight", type=fraction, help="weight of L_KL, the distillation of answers, in stages 1 and 2")
-    add("--vat-loss", choices=["none", *DISTANCES], help="VAT, visual attention alignment: the distance of "
+    distances = [name for name, distance in DISTANCES.items() if not distance.heads]
+    add("--vat-loss", choices=["none", *distances], help="VAT, visual attention alignment: the distance of "
         "two maps, in stage 2")
+    add("--vat-heads", choices=["mean", "matched"], help="their mean, or each head of the teacher beside "
+        "the student's head that looks most like it, row by row")
+    add("--vat-control", choices=CONTROLS, help="VAT with what the teacher looks at taken out of its maps: "
+        "columns in a random order, the map of another sample, or all alike")
     add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
-    add("--layers", choices=[*DEPTH_RANGES, "released"], help="aligned layers")
+    names = ", ".join([*DEPTH_RANGES, "released"])
+    add("--layers", type=layers, help=f"aligned layers: {names}, or by number from 0, as 8-16 or 2,5,7-9")
+    add("--student-layers", type=layers, metavar="LAYERS", help="the student's alone, in the same words")
+    add("--teacher-layers", type=layers, metavar="LAYERS", help="the teacher's alone")
+    add("--align-layers", type=number(int, 0), metavar="N", help="of the student's aligned layers this one, "
+        "with the teacher layers that it is matched to, and no other")
     add("--matching", choices=MATCHINGS, help="of student and teacher layers")
     add("--weights", nargs="+", action="extend", metavar="TERM=X", help="weights of terms that the method "
         "has, in all of its stages that have them or in --stage: lm, kl, adl and, of the other systems, "
         "image_kl, relation, all_kl, hidden, aux, preference")
+    add("--tokenizers", choices=["same", "aligned"], default="same", help="aligned: the teacher may read "
+        "other tokens than the student; attention is compared by the characters that they cover, answers by "
+        "the words that both vocabularies have (default: %(default)s)")
     add("--plain", **switch, help="train with distill.py's whole matrices, the readable form, instead of "
         "with lean.py's parts of them: the same losses, slower, more memory")
 
@@ -342,6 +360,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
     add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA (low-rank "
         "adaptation) on its linear layers")
+    add("--freeze-layers", type=layers, metavar="LAYERS", help="layers of the student's language model that "
+        "stay as they were, by number, in the stages that distil")
     add("--lora-rank", type=number(int, 1, 1e4), default=128, help="(default: %(default)s)")
     add("--lora-alpha", type=positive, default=256.0, help="(default: %(default)s)")
     add("--lora-dropout", type=fraction, help="(default: 0; recipe paper: 0.05 in stages 0b and 3)")
@@ -404,7 +424,8 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     second = weights.setdefault("2", dict(LM))
     if args.vat_loss not in (None, "none"):
         second.setdefault("adl", 1.0)
-    about_attention = ("vat_weight", "vat_queries", "layers", "matching")
+    about_attention = ("vat_weight", "vat_queries", "vat_heads", "vat_control", "layers", "student_layers")
+    about_attention += ("teacher_layers", "align_layers", "matching")
     needless = [flag for flag in about_attention if getattr(args, flag) is not None]
     if needless and ("adl" not in second or args.vat_loss == "none"):
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in needless)
@@ -421,8 +442,64 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
             parser.error(f"stage {stage} has no loss left{' but the balance of experts' * bool(terms)}")
     changes = {"taf": args.taf, "distance": args.vat_loss, "rows": args.vat_queries}
     changes |= {"layers": args.layers, "matching": args.matching}
+    changes |= {"align_layer": args.align_layers, "control": args.vat_control}
+    if args.vat_heads == "matched":
+        changes["distance"] = "matched-heads"
+    changes |= layers_of_both(args, method, parser)
     changes = {name: value for name, value in changes.items() if value not in (None, "none")}
-    return replace(method, weights=weights, **changes)
+    method = replace(method, weights=weights, **changes)
+    check_variant(args, method, parser)
+    return method
+
+
+def layers(text: str) -> str:
+    """The type of flags that name layers."""
+    if text not in (*DEPTH_RANGES, "released"):
+        try:
+            numbered_layers(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{error}, or a name") from None
+    return text
+
+
+def layers_of_both(args: argparse.Namespace, method: Method, parser: argparse.ArgumentParser) -> dict:
+    """--student-layers and --teacher-layers -> fields of Method; the one that is not given stays."""
+    given = [flag for flag in ("student_layers", "teacher_layers") if getattr(args, flag)]
+    if args.layers and given:
+        parser.error(f"--layers and --{given[0].replace('_', '-')} both name layers; give one of them")
+    if not given:
+        return {}
+    return {
+        "layers": args.student_layers or method.layers,
+        "teacher_layers": args.teacher_layers or method.layers,
+    }
+
+
+def check_variant(args: argparse.Namespace, method: Method, parser: argparse.ArgumentParser) -> None:
+    """One sentence for flags that exclude each other."""
+    if args.vat_heads == "matched":
+        if args.vat_loss not in (None, "cosine-rows"):
+            parser.error(
+                f"--vat-heads matched compares rows by their cosine, not by --vat-loss {args.vat_loss}"
+            )
+        if args.matching == "adaptive":
+            parser.error(
+                "--vat-heads matched and --matching adaptive: adaptive compares whole maps of one head"
+            )
+        if args.recipe == "paper" and method.rows != "text":
+            parser.error(
+                "--vat-heads matched keeps a map for every head: with --vat-queries "
+                f"{method.rows} some 1.1 GB a sample at the real sizes; give --vat-queries text (0.13 GB)"
+            )
+    if args.vat_control == "other" and args.batch_size == 1:
+        parser.error("--vat-control other takes another sample of the micro-batch: --batch-size 2 or more")
+    if args.tokenizers == "aligned" and (args.method in RIVALS or not method.kl_shifted):
+        parser.error(f"--tokenizers aligned: the losses of {args.method} need one vocabulary")
+    if args.freeze_layers:
+        if not args.freeze_layers[0].isdecimal():
+            parser.error(f"--freeze-layers {args.freeze_layers}: give numbers, as 2,3 or 8-16")
+        if not any(distils(stage, method) for stage in method.weights if stage != "1"):
+            parser.error(f"--freeze-layers: {args.method} distils nothing into the language model")
 
 
 def weigh(weights: dict, words: list[str], args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

@@ -34,6 +34,7 @@ def open_validation(c: Config, trained_on: data.LlavaDataset) -> data.LlavaDatas
         trained_on.max_length,
         only_pictures=c.stage in ("0a", "1"),
         pairs=trained_on.pairs,
+        teacher_tokenizer=trained_on.teacher_tokenizer,
     )
     held_out.room, held_out.remedy = data.KEPT, ""  # nothing is passed over in what is compared
     for i in range(len(held_out)):  # a bad one stops the run now, not after hundreds of steps
