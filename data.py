@@ -10,7 +10,6 @@ Shapes: B samples, T tokens (padded on the right), N pictures, P visual tokens o
 """
 
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from support.errors import BadInput, is_utf8, one_line
 from support.files import read_text
 from support.images import open_picture
 from support.records import Records
-from vocabularies import match_tokens
+from vocabularies import covered_bytes, match_tokens
 
 IMAGE_TOKEN = -200  # placeholder id, one per visual token; the model writes the visual tokens there
 IMAGE_MARK = "<image>"  # where a LLaVA record says that its picture stands
@@ -168,35 +167,9 @@ def spans(
             found += [(i, i + 1) for i in range(at, at + length)]
         else:
             length = len(text.encode())
-            found += [(at + a, at + b) for a, b in _covered(text, _encoding(tokenizer, text))]
+            found += [(at + a, at + b) for a, b in covered_bytes(text, _encoding(tokenizer, text))]
         at += length
     return torch.tensor(found, dtype=torch.int32).view(-1, 2)
-
-
-def _covered(text: str, encoding: Encoding) -> list[tuple[int, int]]:
-    """The bytes that each token covers, without gaps between them.
-
-    The library has characters: all of one that several tokens are bytes of, and not those that a tokenizer
-    trims or normalises away. A space that was trimmed goes to the token after it, an accent that was composed
-    to the one before.
-    """
-    characters, end = [], 0  # [first, last) of each token
-    for start, stop in encoding.offsets:
-        if start > end and characters and (characters[-1][0] == end or not text[end:start].isspace()):
-            characters[-1] = (characters[-1][0], start)
-        elif start > end:
-            start = end
-        characters.append((start, stop))
-        end = max(end, stop)
-    byte = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()  # where each character begins
-    covered, end = [], 0
-    following = [start for start, _ in characters[1:]] + [len(text)]
-    for (start, stop), token, after in zip(characters, encoding.tokens, following):
-        start = max(end, byte[start])  # in a character that the token before has begun: where that one ends
-        length = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token)  # a letter stands for a byte
-        end = byte[stop] if after >= stop else min(start + length, byte[stop])
-        covered.append((start, end))
-    return covered
 
 
 def preprocess(image: Image.Image | str | Path, size: int) -> Tensor:

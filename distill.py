@@ -16,7 +16,6 @@ Shapes: B batch, T tokens, P visual tokens, H heads, k matched layers, C width, 
 
 import math
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from controls import control_maps
 from qwen import Output
 
 IGNORE = -100  # the label of a token that is not supervised
@@ -244,62 +244,6 @@ def keep_rows(maps: Tensor, rows: Tensor, heads: bool = False) -> Tensor:
     return maps.float().masked_fill(~rows[..., None], 0)
 
 
-CONTROLS = ("shuffled", "other", "uniform")  # --vat-control
-
-
-def control_maps(
-    teacher_maps: dict[int, Tensor], batch: dict, control: str, first: int = 0
-) -> dict[int, Tensor]:
-    """The teacher's maps, {layer: (B,R,P)} or with heads, with what they say of the picture taken out.
-
-    If these teach as much as the teacher's own, it does not matter where the teacher looks. Each row keeps
-    how much it looks at the picture, and looks nowhere that causality forbids:
-
-    shuffled: its columns in a random order, for every sample always the same
-    other:    the map of the next sample of the batch with a picture, row by row from the picture on; where
-              there is no such sample, nothing. So it depends on how a global batch is cut.
-    uniform:  each column that it sees alike
-
-    The R rows are the tokens from `first` on.
-    """
-    columns, has_image = batch["visual_columns"], batch["has_image"]
-    R = next(iter(teacher_maps.values())).shape[-2]
-    position = first + torch.arange(R, device=columns.device)  # (R,)
-    visible = columns[:, None, :] <= position[:, None]  # (B,R,P)
-    if control == "uniform":
-        share = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-        return {i: A.sum(-1, keepdim=True) * with_heads(share, A) for i, A in teacher_maps.items()}
-    if control == "shuffled":
-        order = torch.stack([random_order(ids, columns.shape[1]) for ids in batch["input_ids"]])  # (B,P)
-        order = (
-            order[:, None].masked_fill(~visible, columns.shape[1]).argsort(-1)
-        )  # (B,R,P), unseen ones last
-        return {i: A.gather(-1, with_heads(order, A).expand_as(A)) for i, A in teacher_maps.items()}
-    if control != "other":
-        raise ValueError(f"control {control!r} is not known; choose one of {', '.join(CONTROLS)}")
-    seeing, source = has_image.nonzero()[:, 0], torch.arange(len(columns), device=columns.device)
-    source[seeing] = seeing.roll(-1)  # (B,): whose map
-    moved = columns[source, :1] - columns[:, :1]  # (B,1): where its picture begins, relative to ours
-    last = batch["attention_mask"].sum(1)[source, None] - 1
-    row = (torch.minimum(position + moved, last) - first).clamp(0, R - 1)[..., None]  # (B,R,1)
-    found = (source != torch.arange(len(source), device=source.device))[:, None, None]
-    return {
-        i: A[source].gather(-2, with_heads(row, A).expand_as(A)) * with_heads(found, A)
-        for i, A in teacher_maps.items()
-    }
-
-
-def random_order(ids: Tensor, number: int) -> Tensor:
-    """A random order of `number` columns that follows from a sample's ids (T,), whatever pads them."""
-    seed = zlib.crc32(ids[ids != 0].cpu().numpy().tobytes())
-    return torch.randperm(number, generator=torch.Generator().manual_seed(seed)).to(ids.device)
-
-
-def with_heads(x: Tensor, maps: Tensor) -> Tensor:
-    """(B,R,n) -> (B,1,R,n) where the maps have heads."""
-    return x if maps.dim() == 3 else x[:, None]
-
-
 # ---------------------------------------------------------------- VAT: distances of two maps
 # Each takes one layer's student map (B,T,P), its target (B,T,P), both 0 outside the rows, and the rows (B,T).
 
@@ -507,7 +451,7 @@ class Method:
     teacher_layers: str | None = None  # where the teacher's are named otherwise
     matching: str = "group"  # of student and teacher layers, one of MATCHINGS
     align_layer: int | None = None  # of the student: its pair alone, not all k
-    control: str | None = None  # one of CONTROLS: what VAT is worth without the teacher's looking
+    control: str | None = None  # one of controls.CONTROLS: VAT without the teacher's looking
     sparse: str = ""  # the stages in which the student has experts (rivals.py)
 
 

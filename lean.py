@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import distill
+from controls import control_maps
 from distill import EPS, IGNORE, Method, SharedWords, Term
 from qwen import Output, fused_attention, probabilities
 
@@ -121,7 +122,7 @@ def teacher_targets(teacher: Output, student_layers: list[int], batch: dict, met
         maps = dict(zip(student_layers, distill.group_mean(maps, groups)))
     if maps and method.control:
         first = shortest_slice(distill.query_rows(batch, method.rows)).start
-        maps = distill.control_maps(maps, batch, method.control, first)
+        maps = control_maps(maps, batch, method.control, first)
     return teacher._replace(attentions=maps)
 
 

@@ -19,10 +19,12 @@ Shapes: B batch, T student tokens, S teacher tokens, P visual tokens, H heads, C
 """
 
 import json
+import re
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from distill import IGNORE, SharedWords, next_tokens
@@ -30,6 +32,32 @@ from qwen import Output
 from support.errors import BadInput
 
 # ---------------------------------------------------------------- tokens, by what they cover
+
+
+def covered_bytes(text: str, encoding: Encoding) -> list[tuple[int, int]]:
+    """The bytes that each token covers, without gaps between them.
+
+    The library has characters: all of one that several tokens are bytes of, and not those that a tokenizer
+    trims or normalises away. A space that was trimmed goes to the token after it, an accent that was composed
+    to the one before.
+    """
+    characters, end = [], 0  # [first, last) of each token
+    for start, stop in encoding.offsets:
+        if start > end and characters and (characters[-1][0] == end or not text[end:start].isspace()):
+            characters[-1] = (characters[-1][0], start)
+        elif start > end:
+            start = end
+        characters.append((start, stop))
+        end = max(end, stop)
+    byte = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()  # where each character begins
+    covered, end = [], 0
+    following = [start for start, _ in characters[1:]] + [len(text)]
+    for (start, stop), token, after in zip(characters, encoding.tokens, following):
+        start = max(end, byte[start])  # in a character that the token before has begun: where that one ends
+        length = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token)  # a letter stands for a byte
+        end = byte[stop] if after >= stop else min(start + length, byte[stop])
+        covered.append((start, end))
+    return covered
 
 
 def overlap(student: Tensor, teacher: Tensor) -> Tensor:

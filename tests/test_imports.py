@@ -48,8 +48,9 @@ def test_no_circle():
 
 def test_the_method_stands_on_nothing_but_the_networks():
     graph = arrows(ROOT)
-    assert graph["moe.py"] == graph["siglip.py"] == set() and graph["qwen.py"] == {"moe.py"}
-    assert graph["distill.py"] == {"qwen.py"} and graph["lean.py"] == {"qwen.py", "distill.py"}
+    assert graph["moe.py"] == graph["siglip.py"] == graph["controls.py"] == set()
+    assert graph["qwen.py"] == {"moe.py"} and graph["distill.py"] == {"qwen.py", "controls.py"}
+    assert graph["lean.py"] == {"qwen.py", "distill.py", "controls.py"}
     assert graph["rivals.py"] == {"qwen.py", "distill.py", "lean.py"}
     above = {"train.py", "eval.py", "tiny/__main__.py"}  # programs: nothing but programs imports them
     for file, imported in graph.items():

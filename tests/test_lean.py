@@ -18,7 +18,8 @@ import distill
 import lean
 import model
 import train
-from distill import CONTROLS, DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
+from controls import CONTROLS
+from distill import DISTANCES, IGNORE, METHODS, Method, kl_loss, lm_loss
 from helpers import in_full
 from lean import VisualAttention, answer_losses, shortest_slice
 from support.world import TINY, make_world

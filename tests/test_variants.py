@@ -15,7 +15,8 @@ from test_qwen import CLOSE, IDS, gradients, tiny
 import distill
 import lean
 import train
-from distill import METHODS, aligned_layers, control_maps, matched_heads_distance, numbered_layers
+from controls import CONTROLS, control_maps
+from distill import METHODS, aligned_layers, matched_heads_distance, numbered_layers
 from helpers import config, in_full
 from lean import VisualAttention
 from support.world import TINY, make_world
@@ -219,7 +220,7 @@ def test_shuffled_columns():
     assert torch.equal(control_maps({0: maps[1:2]}, alone, "shuffled")[0], got[1:2])
 
 
-@pytest.mark.parametrize("control", distill.CONTROLS)
+@pytest.mark.parametrize("control", CONTROLS)
 def test_a_control_of_heads_and_of_some_rows_is_that_of_all(control):
     """Each head as if it were alone; rows from `first` on as among all rows (those of all pictures' texts:
     what stands before a picture is never compared)."""

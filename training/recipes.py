@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from distill import CONTROLS, DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method, numbered_layers
+from controls import CONTROLS
+from distill import DEPTH_RANGES, DISTANCES, LM, MATCHINGS, METHODS, ROWS, Method, numbered_layers
 from rivals import RIVALS
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput
