@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 import tiny.make
 import train
+from support.checkpoint import fingerprint
 from support.world import COMPOSITION, TINY, make_tokenizer, make_world
 from tiny.__main__ import main
+from training.recipes import RECIPES
 
 RGB = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (40, 80, 230), "yellow": (240, 200, 30)}
 SHAPE = r"(circle|square|triangle)"
@@ -178,6 +180,23 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch, capsys):
     assert {file: file.stat().st_mtime_ns for file in tmp_path.glob("*/model.safetensors")} == before
     with pytest.raises(SystemExit, match="error: .*has models of .*choose another --out"):
         main([*argv, "--seed", "1"])
+
+
+def test_a_teacher_that_has_not_learned_goes_on_with_other_scenes(tmp_path, monkeypatch, capsys):
+    """From where it is; and after so many rounds one sentence says that it has not."""
+    small(monkeypatch)
+    monkeypatch.setattr(tiny.make, "ROUNDS", 2)
+    for stage in ("0a", "0b"):
+        monkeypatch.setitem(RECIPES["tiny"], stage, dict(steps=2, lr=1e-3, batch_size=4))
+    for number, folder in ((1, tmp_path), (2, tmp_path / "round2")):
+        make_world(folder / "world", number, tune=64, pretrain=64, per_kind=2)
+    with pytest.raises(SystemExit, match="error: .*not learned its world in 2 rounds; try another"):
+        main(["make", "--out", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| round 1 |" in said and "| round 2 |" in said and not (tmp_path / "teacher").exists()
+    run = json.loads((tmp_path / "round2/stages/stage0b.run/run.json").read_text())
+    assert run["student"] == fingerprint(tmp_path / "stages/stage0b")
+    assert not (tmp_path / "round2/stages/stage0a").exists()
 
 
 def test_another_teacher(tmp_path, monkeypatch, capsys):

@@ -3,7 +3,7 @@
     tokenizer            byte-level byte-pair encoding of the tiny world's words
     vision               SigLIP, pre-trained to say what is in each patch and where the patch is; then frozen
     teacher-lm, student  plain Qwen language models, pre-trained on the tiny world's text without any picture
-    teacher              stages 0a and 0b of train.py on vision and teacher-lm
+    teacher              stages 0a and 0b of train.py on vision and teacher-lm, 0b until it has learned it all
 
 The students that ship are what `python -m tiny` then leaves in out/NAME/stage3. With --other it makes another
 teacher, of another family (Llama), shape and tokenizer than its students will be, for
@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 import data
+import model
 from qwen import Qwen, QwenConfig
 from siglip import Siglip, SiglipConfig
 from support import world
@@ -34,6 +35,7 @@ from support.checkpoint import write_folder
 from support.errors import BadInput
 from support.files import check_writable, read_json, write_atomically
 from support.layouts import qwen_fields
+from tiny.scores import table, tiny_scores
 from train import learning_rate, train
 from training import recipes
 from training.signals import Stopped
@@ -84,11 +86,11 @@ def make_tiny(args: argparse.Namespace) -> None:
             make_lm(args.out / name, tokenizer, args.seed, size)
     if not (args.out / "teacher").exists():
         try:
-            make_teacher(args.out, made)
+            scenes = make_teacher(args.out, made)
         except Stopped as stopped:
             return print(stopped)
-    scenes = read_json(args.out / "world/world.json").get("tune")
-    print(f"{args.out}: vision, {', '.join(sizes)}, teacher, which has learned from {scenes} scenes")
+        print(f"the teacher has learned from {scenes:,} scenes")
+    print(f"{args.out}: vision, {', '.join(sizes)}, teacher")
 
 
 def make_vision(folder: Path, seed: int) -> None:
@@ -110,19 +112,38 @@ def make_lm(folder: Path, tokenizer: Tokenizer, seed: int, size: dict) -> None:
     write_folder(folder, lm.state_dict(), qwen_fields(config), files)
 
 
-SCENES = 40_000  # that the teacher learns from; its students are shown make_world's 8,000
+SCENES = 40_000  # of a round of the teacher's; its students are shown make_world's 8,000
+ROUNDS = 4
 
 
-def make_teacher(out: Path, made: dict) -> None:
-    """Stages 0a and 0b, as train.py runs them, on a world of its own."""
-    world.make_world(out / "world", made["seed"] + 1, tune=SCENES)
-    flags = ["--stage", "0", "--out", out, "--name", "stages", "--seed", made["seed"]]
-    flags += ["--student", out / "teacher-lm", "--vision", out / "vision"]
-    flags += ["--steps", made["steps"]] if made["steps"] else []
-    args = recipes.parse_args("", [str(flag) for flag in flags])
-    train(recipes.configure("0a", args, ranks=1))
-    args.student = args.vision = None  # part b goes on from part a
-    shutil.move(train(recipes.configure("0b", args, ranks=1)), out / "teacher")
+def make_teacher(out: Path, made: dict) -> int:
+    """Stages 0a and 0b, as train.py runs them; then 0b again, each time on new scenes, until the teacher has
+    learned its world -> the number of scenes.
+
+    How long relations take depends on how sums round, and so on the machine. With --steps there is one round,
+    whatever comes of it. BadInput: not learned in ROUNDS.
+    """
+    teacher = None
+    for number in range(1, ROUNDS + 1):
+        where = out if teacher is None else out / f"round{number}"
+        world.make_world(where / "world", made["seed"] + number, tune=SCENES)
+        start = ["--student", teacher or out / "teacher-lm"]
+        start += [] if teacher else ["--vision", out / "vision"]
+        flags = ["--stage", "0", "--out", where, "--name", "stages", "--seed", made["seed"], *start]
+        flags += ["--steps", made["steps"]] if made["steps"] else []
+        args = recipes.parse_args("", [str(flag) for flag in flags])
+        if teacher is None:
+            train(recipes.configure("0a", args, ranks=1))
+            args.student = args.vision = None  # part b goes on from part a
+        teacher = train(recipes.configure("0b", args, ranks=1))
+        if not made["steps"]:
+            scores = tiny_scores(model.load(teacher), out / "world", 100)
+            print(f"{table({f'round {number}': scores})}")
+            if min(scores.values()) < 98 or scores["recognition"] < 99:
+                continue
+        shutil.move(teacher, out / "teacher")
+        return number * SCENES
+    raise BadInput(f"{teacher} has not learned its world in {ROUNDS} rounds; try another --seed and --out")
 
 
 def init_weights(module: nn.Module) -> None:
