@@ -238,7 +238,7 @@ def collate(samples: list[dict]) -> dict:
         )
     if "teacher" in samples[0]:
         own = [sample["teacher"] | {"pixel_values": sample.get("pixel_values")} for sample in samples]
-        batch["teacher"] = collate(own)
+        batch["teacher"] = collate(own) | {"pixel_values": None}  # it sees what the student sees
         batch |= match_tokens(batch, batch["teacher"])
     return batch
 
@@ -353,7 +353,8 @@ class LlavaDataset(torch.utils.data.Dataset):
         sample = self.prepare(index)
         pixels = sample.get("pixel_values")
         answers = [sample, *(sample[name] for name in ("rejected", "teacher") if name in sample)]
-        size = 72 * sum(len(answer["input_ids"]) for answer in answers)  # an id and its label: 72 bytes
+        # an id, its label and its span: 80 bytes
+        size = 80 * sum(len(answer["input_ids"]) for answer in answers)
         size += 0 if pixels is None else pixels.nbytes
         if size <= self.room:
             self.room -= size
@@ -388,6 +389,7 @@ class LlavaDataset(torch.utils.data.Dataset):
         sample, *others = samples = [self.text_of(record, name, image, self.tokenizer) for name in names]
         if self.teacher_tokenizer:
             sample["teacher"] = self.text_of(record, names[0], image, self.teacher_tokenizer)
+            sample["cut"] |= sample["teacher"]["cut"]
             samples.append(sample["teacher"])
         if others and questions(record["chosen"]) != questions(record["rejected"]):
             raise BadInput('"chosen" and "rejected" do not have the same questions')
@@ -420,7 +422,7 @@ class LlavaDataset(torch.utils.data.Dataset):
             raise NothingToLearn(f"nothing of an answer is within {self.max_length} tokens")
         sample = {"input_ids": ids, "labels": labels, "cut": cut_off, "mended": turns is not record[name]}
         if self.teacher_tokenizer:
-            sample["spans"] = spans(turns, tokenizer, *how)[: len(ids)]
+            sample["spans"] = spans(turns, tokenizer, *how)[: len(ids)].clone()
         return sample
 
     def batch(self, indices: list[int]) -> dict:

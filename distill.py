@@ -178,7 +178,7 @@ def adaptive_match(
 
 
 def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list[Tensor]:
-    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P); with heads, each head's mean."""
+    """mean_{l in G_j} A_l for each group: {layer: (B,T,P)} -> k of (B,T,P)."""
     means = []
     for first, *others in groups:
         mean = teacher_maps[first] / (1 + len(others)) if others else teacher_maps[first]
@@ -190,11 +190,18 @@ def group_mean(teacher_maps: dict[int, Tensor], groups: list[list[int]]) -> list
 
 def matched_targets(
     student_maps: dict[int, Tensor], teacher_maps: dict[int, Tensor], rows: Tensor, matching: str
-) -> list[Tensor]:
-    """For each student layer the map that it is pulled to: {layer: (B,T,P)} of both -> k of (B,T,P)."""
+) -> Iterable[Tensor]:
+    """For each student layer the map that it is pulled to: {layer: (B,T,P)} of both -> k of (B,T,P).
+
+    With heads, (B,H,T,P), all those of its group side by side, one layer at a time: heads of different layers
+    have nothing in common, of which there could be a mean.
+    """
     if matching == "adaptive":
         return group_mean(teacher_maps, adaptive_match(student_maps, teacher_maps, rows))
-    return group_mean(teacher_maps, match_layers(list(student_maps), list(teacher_maps), matching))
+    groups = match_layers(list(student_maps), list(teacher_maps), matching)
+    if next(iter(teacher_maps.values())).dim() == 4:
+        return (torch.cat([teacher_maps[layer] for layer in group], 1) for group in groups)
+    return group_mean(teacher_maps, groups)
 
 
 # ---------------------------------------------------------------- VAT: what is compared
@@ -297,8 +304,8 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 def matched_heads_distance(student: Tensor, target: Tensor, rows: Tensor) -> Tensor:
     """1 - (1/H_t) sum_h max_g cos(A^t_h, A^s_g) of each row: (B,H_s,T,P), (B,H_t,T,P) -> (B,T). Ours.
 
-    Every head of the teacher is compared with the student's head that looks most like it; the numbers of
-    heads may differ, and there is no gradient through the choice.
+    Every head of the teacher's group of layers, H_t in all, is compared with the student's head that looks
+    most like it; the numbers of heads may differ, and there is no gradient through the choice.
     """
     student, target = (F.normalize(A, dim=-1, eps=EPS) for A in (student, target))
     similarity = torch.einsum("bhtp,bgtp->bthg", target, student)  # (B,T,H_t,H_s)
@@ -507,7 +514,7 @@ def distillation_loss(
         student_maps = {i: seen(A, columns) for i, A in student.attentions.items()}  # {layer: (B,T,P)}
         teacher_maps = {i: seen(A, columns) for i, A in teacher.attentions.items()}
         if method.control:
-            teacher_maps = control_maps(teacher_maps, batch, method.control)
+            teacher_maps = control_maps(teacher_maps, batch, method.control, rows)
         targets = matched_targets(student_maps, teacher_maps, rows, method.matching)  # k of (B,T,P)
         terms["adl"] = visual_attention_loss(student_maps.values(), targets, rows, method.distance)
     totals = totals or {name: term.count for name, term in terms.items()}

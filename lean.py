@@ -110,19 +110,23 @@ def visual_attention_of(batch: dict, which: str, heads: bool = False) -> tuple[V
     return VisualAttention(some, batch["visual_columns"], heads), rows[:, some]
 
 
-def teacher_targets(teacher: Output, student_layers: list[int], batch: dict, method: Method) -> Output:
+def teacher_targets(
+    teacher: Output, student_layers: list[int], batch: dict, rows: Tensor | None, first: int, method: Method
+) -> Output:
     """The teacher's output with its maps averaged over their groups: fewer to hold while the student runs.
 
-    They are k now, each matched to itself by `group` and by `simple`; adaptive matching chooses from all
-    maps. A control is a linear map, and comes to the same before and after the mean.
+    They are k now, each matched to itself by `group` and by `simple`; adaptive matching and matched heads
+    choose from all maps. A control is a linear map, and comes to the same before and after the mean. rows
+    (B,R): which of the R tokens from `first` on count.
     """
     maps = teacher.attentions
-    if maps and method.matching != "adaptive":
+    if not maps:
+        return teacher
+    if method.matching != "adaptive" and not distill.DISTANCES[method.distance].heads:
         groups = distill.match_layers(student_layers, list(maps), method.matching)
         maps = dict(zip(student_layers, distill.group_mean(maps, groups)))
-    if maps and method.control:
-        first = shortest_slice(distill.query_rows(batch, method.rows)).start
-        maps = control_maps(maps, batch, method.control, first)
+    if method.control:
+        maps = control_maps(maps, batch, method.control, rows, first)
     return teacher._replace(attentions=maps)
 
 
@@ -293,8 +297,8 @@ def distillation_loss(
     """distill.distillation_loss, from hidden states (B,T,C) and maps (B,R,P) -> L, and its terms by name.
 
     student, teacher: what their forward passes returned, without logits, with `visual_attention_of` the batch
-    in the layers to be aligned, the teacher's `averaged`. heads: their output matrices (V,C). rows (B,R):
-    which rows of the maps count.
+    in the layers to be aligned, the teacher's `teacher_targets`. heads: their output matrices (V,C). rows
+    (B,R): which rows of the maps count.
     """
     of_teacher = (teacher.hidden, heads[1]) if "kl" in weights else None
     of_student = student.hidden, heads[0]

@@ -122,7 +122,8 @@ class Step(nn.Module):
                     some = None if rows is None else (attend.rows, teacher_attend.rows)
                     t = vocabularies.as_the_student_reads(t, batch, some)
                 if not self.plain:
-                    t = lean.teacher_targets(t, self.student_layers, batch, self.method)
+                    first = 0 if rows is None else attend.rows.start
+                    t = lean.teacher_targets(t, self.student_layers, batch, rows, first, self.method)
         with parallel.compute_dtype(self.precision, ids.device):
             if self.method.taf and teacher is not None:
                 visual_tokens = student.adapter.fetch(teacher_tokens)  # P_s(P_t(z)) (N,P,C_s)

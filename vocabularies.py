@@ -34,6 +34,9 @@ from support.errors import BadInput
 # ---------------------------------------------------------------- tokens, by what they cover
 
 
+BYTE = re.compile("<0x[0-9A-F]{2}>$")  # a word that is one byte, of tokenizers that are not byte-level
+
+
 def covered_bytes(text: str, encoding: Encoding) -> list[tuple[int, int]]:
     """The bytes that each token covers, without gaps between them.
 
@@ -54,7 +57,7 @@ def covered_bytes(text: str, encoding: Encoding) -> list[tuple[int, int]]:
     following = [start for start, _ in characters[1:]] + [len(text)]
     for (start, stop), token, after in zip(characters, encoding.tokens, following):
         start = max(end, byte[start])  # in a character that the token before has begun: where that one ends
-        length = 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token)  # a letter stands for a byte
+        length = 1 if BYTE.match(token) else len(token)  # a letter stands for a byte
         end = byte[stop] if after >= stop else min(start + length, byte[stop])
         covered.append((start, end))
     return covered
@@ -76,7 +79,9 @@ def match_tokens(student: dict, teacher: dict) -> dict:
     that some teacher token overlaps; others are there only if one of the two was cut.
     """
     ends = [batch["spans"][..., 1] for batch in (student, teacher)]
-    after = [next_tokens(batch["labels"]) != IGNORE for batch in (student, teacher)]  # an answer's token
+    # an answer's token begins, and not one of which nothing is left
+    after = [next_tokens(batch["labels"]) != IGNORE for batch in (student, teacher)]
+    after = [some & F.pad(end[:, 1:] > end[:, :-1], (0, 1)) for some, end in zip(after, ends)]
     same = (ends[0][:, :, None] == ends[1][:, None]) & after[0][:, :, None] & after[1][:, None]  # (B,T,S)
     begins = F.pad(same.any(-1)[:, :-1], (1, 0))  # of the token after
     return {
@@ -121,17 +126,39 @@ BYTES |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTED
 
 def spelling(tokenizer: Tokenizer) -> dict[bytes, int]:
     """{the bytes of a word: its id}. Spaces are spaces, whether a vocabulary writes them as Ġ or as ▁."""
-    added = tokenizer.get_added_tokens_decoder()
-    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+    added, parts = tokenizer.get_added_tokens_decoder(), json.loads(tokenizer.to_str())
+    byte_level = "ByteLevel" in json.dumps([parts["pre_tokenizer"], parts["decoder"]])
     words = {}
-    for word, i in tokenizer.get_vocab().items():
-        if i not in added and byte_level and all(letter in BYTES for letter in word):
-            words[bytes(BYTES[letter] for letter in word)] = i
-        elif i not in added and len(word) == 6 and word.startswith("<0x"):
-            words.setdefault(bytes.fromhex(word[3:5]), i)  # a byte; a letter's own word goes first
+    # of two words with one spelling an added one wins, then one that is no single byte, then the first
+    order = sorted(
+        tokenizer.get_vocab().items(), key=lambda x: (x[1] not in added, bool(BYTE.match(x[0])), x[1])
+    )
+    for word, i in order:
+        if i in added:
+            spelled = word.encode()
+        elif BYTE.match(word):
+            spelled = bytes.fromhex(word[3:5])
+        elif byte_level and all(letter in BYTES for letter in word):
+            spelled = bytes(BYTES[letter] for letter in word)
         else:
-            words[word.replace("▁", " ").encode()] = i
+            spelled = word.replace("▁", " ").encode()
+        words.setdefault(spelled, i)
     return words
+
+
+SAMPLE = " yes, the red circle is left of it.\nno"
+
+
+def check_spelling(tokenizer: Tokenizer) -> None:
+    """BadInput where the words of a text do not make it up, letter by letter."""
+    of_id = {i: word for word, i in spelling(tokenizer).items()}
+    ids = tokenizer.encode(SAMPLE, add_special_tokens=False).ids
+    if b"".join(of_id.get(i, b"") for i in ids) != SAMPLE.encode():
+        some = [tokenizer.id_to_token(i) for i in ids[:4]]
+        raise BadInput(
+            f"one of their tokenizers does not spell {SAMPLE!r} as it is ({some} ...), so that words cannot "
+            "be compared; choose models with byte-level tokenizers, as Qwen and Llama 3 have"
+        )
 
 
 def shared_words(tokenizers: tuple[Tokenizer, Tokenizer], sizes: tuple[int, int]) -> SharedWords:
@@ -145,7 +172,7 @@ def shared_words(tokenizers: tuple[Tokenizer, Tokenizer], sizes: tuple[int, int]
     special = tokenizers[0].get_added_tokens_decoder()
     if all(i in special for i, _ in pairs):
         raise BadInput("their tokenizers have no word in common: there are no answers that could be compared")
-    known = {*ours.values(), *theirs.values()}
+    known = {i for tokenizer in tokenizers for i in tokenizer.get_vocab().values()}
     pairs += [(i, i) for i in range(min(sizes)) if i not in known]
     ids = torch.tensor(sorted(pairs)).view(-1, 2).unbind(1)
     rest = [sorted({*range(size)} - {*own.tolist()}) for size, own in zip(sizes, ids)]

@@ -598,7 +598,7 @@ def load_models(
         if reads[0] != reads[1] or vlm.tokenizer.get_vocab() != first.tokenizer.get_vocab():
             raise BadInput(
                 f"{folder} has another tokenizer, picture size or number of visual tokens than {teacher}, so "
-                "that positions do not coincide; give the teacher that it was distilled from with --teacher"
+                "that positions do not coincide; give a --teacher that reads what it reads"
             )
         try:
             matched(vlm.config.text.num_hidden_layers, first.config.text.num_hidden_layers, method)
@@ -666,6 +666,8 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`analyse`, as parsed. ValueError (BadInput among them): one sentence for the user."""
+    if args.model:
+        raise BadInput("--model goes with `analyse layers`; others compare --students with their --teacher")
     if (args.image is None) != (args.question is None):
         raise BadInput(f"--image {args.image} and --question {args.question!r}: give both or none")
     students, missing = find_students(args)

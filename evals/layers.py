@@ -61,26 +61,27 @@ class Blind:
 
 
 @torch.no_grad()
-def right_answers(vlm: model.VLM, questions: list[Question], layers: list[int], size: int) -> np.ndarray:
+def right_answers(
+    vlm: model.VLM, questions: list[Question], layers: list[int], size: int, pairs: bool
+) -> np.ndarray:
     """(1+L,n): whether each item is answered rightly, by the model as it is and with each layer `Blind`.
 
-    A question: every token of the right answer is the likeliest. A caption pair (true caption first, see
+    A question: every token of the right answer is the likeliest. Caption pairs (true caption first, see
     Question): P(yes) is higher after the true one; n is then half as many.
     """
-    pairs = questions[0].answer == "yes" and [q.answer for q in questions[:2]] == ["yes", "no"]
-    options = scorers.option_tokens(vlm, ("yes", "no"))
+    options = scorers.option_tokens(vlm, ("yes", "no")) if pairs else None
     found = []
     samples = (answered(vlm, question) for question in questions)
     for batch in scorers.batches(samples, vlm.device, size):
         embeds = vlm.embed(batch["input_ids"], batch["pixel_values"])
         targets = distill.next_tokens(batch["labels"])
         here = targets != data.IGNORE
-        last = here.long().argmax(1) + len(options.lead)
         rows = []
         for layer in [None, *layers]:
             attention = {} if layer is None else {layer: Blind(batch["visual_columns"])}
             hidden = vlm.lm(inputs_embeds=embeds, attention=attention, logits=False).hidden
             if pairs:
+                last = here.long().argmax(1) + len(options.lead)
                 rows.append(model.finite(yes_over_no(vlm, hidden, last, options), vlm.name))
                 continue
             logits = model.finite(vlm.lm.head(hidden[here]), vlm.name)
@@ -98,7 +99,7 @@ def layer_rows(models: dict[str, model.VLM], questions: dict[str, list[Question]
     for name, vlm in models.items():
         depth = vlm.config.text.num_hidden_layers
         for items, asked in questions.items():
-            hits = 100 * right_answers(vlm, asked, list(range(depth)), size)
+            hits = 100 * right_answers(vlm, asked, list(range(depth)), size, items == "compositional")
             drawn = resamples(asked[:: len(asked) // hits.shape[1]])
             for layer in range(depth):
                 row = dict(model=name, items=items, layer=layer, layers=depth)
@@ -125,11 +126,14 @@ def window(losses: list[float], share: float = SHARE) -> tuple[int, int]:
 
 
 def suggestions(rows: list[dict]) -> list[str]:
-    """A sentence for each model and kind of items: the window, and what the paper's holds."""
+    """A sentence for each model and kind of items: the window, and what the paper's holds.
+
+    Of layers whose interval has 0 in it nothing is counted.
+    """
     said = []
     for name, items in dict.fromkeys((row["model"], row["items"]) for row in rows):
         own = [row for row in rows if (row["model"], row["items"]) == (name, items)]
-        losses, depth = [row["loss"] for row in own], own[0]["layers"]
+        losses, depth = [row["loss"] * (row["low"] > 0) for row in own], own[0]["layers"]
         papers = distill.understanding_layers(depth)
         begin = f"{name}, {items} ({own[0]['accuracy']:.1f} %): "
         try:
@@ -139,16 +143,17 @@ def suggestions(rows: list[dict]) -> list[str]:
             continue
         whole = np.maximum(losses, 0)
         held = 100 * whole[papers].sum() / whole.sum()
+        named = f"{papers[0]}-{papers[-1]}" if papers else "none"
         said.append(
             f"{begin}layers {first}-{last} of 0-{depth - 1} hold {SHARE:.0%} of what is lost; those at 30 to "
-            f"70 % of the depth, {papers[0]}-{papers[-1]}, hold {held:.0f} %"
+            f"70 % of the depth, {named}, hold {held:.0f} %"
         )
     return said
 
 
 def run(args: argparse.Namespace) -> None:
     """`analyse layers`, as parsed. ValueError (BadInput among them): one sentence for the user."""
-    if args.which != ["layers"] or not args.model:
+    if args.which != ["layers"] or not args.model or args.students or args.image:
         raise BadInput("analyse layers is about single models and goes alone: give them with --model")
     args.out = args.out or Path("out/layers")
     with output_folder(args.out) as folder:

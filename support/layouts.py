@@ -132,7 +132,6 @@ def to_dataclass(cls: type, config: dict, file: Path):
 FAMILIES = {
     "qwen2": {},
     "llama": {
-        "qkv_bias": False,
         "vocab_size": 32000,
         "intermediate_size": 11008,
         "max_position_embeddings": 2048,

@@ -48,6 +48,15 @@ def raised(batches: Iterator) -> Iterator:
         yield batch
 
 
+def share(batch: Any) -> None:
+    """The tensors of a batch, also of one within it, into shared memory."""
+    if isinstance(batch, dict):
+        for value in batch.values():
+            share(value)
+    elif isinstance(batch, Tensor):
+        batch.share_memory_()
+
+
 class Making(Dataset):
     """dataset[key] is make(key), or the BadInput that it raised, which would not leave a worker as it is."""
 
@@ -57,9 +66,8 @@ class Making(Dataset):
     def __getitem__(self, key: Any) -> Any:
         try:
             batch = self.make(key)
-            for tensor in batch.values() if isinstance(batch, dict) else [batch]:
-                if get_worker_info() and isinstance(tensor, Tensor):
-                    tensor.share_memory_()  # here, where an error is seen; torch does it in a thread, unseen
+            if get_worker_info():
+                share(batch)  # here, where an error is seen; torch does it in a thread, unseen
             return batch
         except BadInput as error:
             return error

@@ -38,7 +38,9 @@ def test_right_answers_are_those_of_single_questions(teacher, world):
     attention function of the test's own."""
     for items, asked in world_questions(world, 2).items():
         asked = asked[:8]
-        got = right_answers(teacher, asked, [1, 3], size=3 if items == "recognition" else 4)
+        got = right_answers(
+            teacher, asked, [1, 3], 3 if items == "recognition" else 4, items == "compositional"
+        )
         if items == "recognition":
             said = [teacher.answer(q.picture, q.text) == q.answer for q in asked]
             assert got[0].tolist() == said
@@ -84,7 +86,7 @@ def test_a_layer_that_is_needed_is_found(teacher, world):
         (items, layer) for items in ("recognition", "compositional") for layer in range(6)
     }
     assert all(row["low"] <= row["loss"] <= row["high"] for row in rows)
-    losses = [row["loss"] for row in rows if row["items"] == "recognition"]
+    losses = [row["loss"] * (row["low"] > 0) for row in rows if row["items"] == "recognition"]
     assert max(losses) > 20 and rows[0]["accuracy"] == 100
     (one, *_) = suggestions(rows)
     first, last = window(losses)
@@ -100,7 +102,7 @@ def test_analyse_layers(world, tmp_path, capsys):
     evaluation.main([*argv, "--model", str(TINY / "teacher"), str(TINY / "kd")])
     rows = json.loads((tmp_path / "l/layers.json").read_text())
     assert len(rows) == 2 * (6 + 5)
-    assert capsys.readouterr().out.count(" % of the depth, ") == 4
+    assert capsys.readouterr().out.count("teacher, ") == 2
     for bad, named in (
         (argv[:-1] + [str(tmp_path / "m")], "--model"),
         (["analyse", "layers", "picture", *argv[2:], "--model", "x"], "goes alone"),

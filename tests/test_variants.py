@@ -3,6 +3,7 @@
 Shapes: B batch, T query tokens, P visual tokens, H heads.
 """
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from controls import CONTROLS, control_maps
 from distill import METHODS, aligned_layers, matched_heads_distance, numbered_layers
 from helpers import config, in_full
 from lean import VisualAttention
+from support.errors import BadInput
 from support.world import TINY, make_world
 from training import recipes
 
@@ -118,6 +120,17 @@ def test_matched_heads_by_hand():
     torch.testing.assert_close(gradient[0, 2, 0], expected)
 
 
+def test_all_heads_of_a_group_are_matched():
+    """Of two layers with two heads each four maps are the target: no mean of heads of different layers."""
+    student = {1: torch.rand(2, 3, 4, 5)}
+    teacher = {6: torch.rand(2, 2, 4, 5), 7: torch.rand(2, 2, 4, 5)}
+    rows = mask("1111", "0111")
+    (target,) = distill.matched_targets(student, teacher, rows, "group")
+    assert torch.equal(target, torch.stack([*teacher[6].unbind(1), *teacher[7].unbind(1)], 1))
+    (target,) = distill.matched_targets(student, teacher, rows, "simple")
+    assert torch.equal(target, teacher[6])
+
+
 def test_matched_heads_beside_loops():
     """Every sample, row and head alone, by torch's own cosine; other numbers of heads on both sides."""
     student, target = torch.rand(2, 3, 5, 4), torch.rand(2, 2, 5, 4)
@@ -171,10 +184,16 @@ def three():
     return batch, {7: maps}
 
 
+def control(maps, batch, how, rows=None, first=0):
+    """control_maps where all rows from the picture on count."""
+    rows = distill.query_rows(batch, "all") if rows is None else rows
+    return control_maps(maps, batch, how, rows, first)[7]
+
+
 def test_uniform_by_hand():
     """Each row keeps its sum, spread over what it sees: row 1 of sample 0 sees the first patch alone."""
     batch, maps = three()
-    got = control_maps(maps, batch, "uniform")[7]
+    got = control(maps, batch, "uniform")
     expected = [[0, 0], [0.5, 0], [0.25, 0.25], [0.4, 0.4], [0.25, 0.25], [0.45, 0.45]]
     torch.testing.assert_close(got[0], torch.tensor(expected))
     torch.testing.assert_close(
@@ -185,13 +204,19 @@ def test_uniform_by_hand():
 def test_the_other_samples_map_by_hand():
     """Row by row from the picture on: row 1 of sample 0 has row 2 of sample 2; its rows after the other's
     last have that one (row 4). And sample 2 has row 1 of sample 0 in its row 2. Sample 1 has no map to give.
+    With no other one it is uniform; so it is where the other's rows do not count.
     """
     batch, maps = three()
-    got = control_maps(maps, batch, "other")[7]
-    assert torch.equal(got[0], maps[7][2][[1, 2, 3, 4, 4, 4]])
-    assert torch.equal(got[2, 1:], maps[7][0][[0, 1, 2, 3, 4]])
+    got = control(maps, batch, "other")
+    assert torch.equal(got[0, 1:], maps[7][2][[2, 3, 4, 4, 4]])
+    assert torch.equal(got[2, 2:], maps[7][0][[1, 2, 3, 4]])
+    none = distill.query_rows(batch, "all")
+    none[2] = False
+    assert torch.equal(control(maps, batch, "other", none)[0], control(maps, batch, "uniform")[0])
     batch["has_image"] = torch.tensor([True, False, False])
-    assert control_maps(maps, batch, "other")[7].abs().max() == 0  # there is no other one
+    assert torch.equal(control(maps, batch, "other"), control(maps, batch, "uniform"))
+    nothing = torch.zeros(3, 0, dtype=torch.bool)
+    assert control({7: maps[7][:, :0]}, batch, "other", nothing).shape == (3, 0, 2)  # texts alone
 
 
 def test_shuffled_columns():
@@ -205,7 +230,8 @@ def test_shuffled_columns():
     batch = {"visual_columns": columns, "has_image": torch.ones(3, dtype=torch.bool), "input_ids": ids}
     visible = columns[:, None] <= torch.arange(T)[:, None]
     maps = torch.rand(3, T, P) * visible
-    got = control_maps({0: maps}, batch, "shuffled")[0]
+    rows = torch.ones(3, T, dtype=torch.bool)
+    got = control({7: maps}, batch, "shuffled", rows)
     torch.testing.assert_close(got.sort(-1).values, maps.sort(-1).values)
     assert not got[~visible].any()
     orders = []
@@ -217,19 +243,19 @@ def test_shuffled_columns():
     assert len(set(orders)) == 3
     # padded by more, and in another batch
     alone = {name: F.pad(x[1:2], (0, 9)) if name == "input_ids" else x[1:2] for name, x in batch.items()}
-    assert torch.equal(control_maps({0: maps[1:2]}, alone, "shuffled")[0], got[1:2])
+    assert torch.equal(control({7: maps[1:2]}, alone, "shuffled", rows[1:2]), got[1:2])
 
 
-@pytest.mark.parametrize("control", CONTROLS)
-def test_a_control_of_heads_and_of_some_rows_is_that_of_all(control):
+@pytest.mark.parametrize("how", CONTROLS)
+def test_a_control_of_heads_and_of_some_rows_is_that_of_all(how):
     """Each head as if it were alone; rows from `first` on as among all rows (those of all pictures' texts:
     what stands before a picture is never compared)."""
     batch, maps = three()
-    whole = control_maps(maps, batch, control)[7]
+    whole, rows = control(maps, batch, how), distill.query_rows(batch, "all")
     heads = torch.stack([maps[7], 2 * maps[7]], 1)  # (B,H,T,P)
-    got = control_maps({7: heads}, batch, control)[7]
+    got = control({7: heads}, batch, how)
     torch.testing.assert_close(got, torch.stack([whole, 2 * whole], 1))
-    some = control_maps({7: maps[7][:, 1:]}, batch, control, first=1)[7]
+    some = control({7: maps[7][:, 1:]}, batch, how, rows[:, 1:], first=1)
     seeing = batch["has_image"]
     torch.testing.assert_close(some[seeing, 1:], whole[seeing, 2:])
 
@@ -279,9 +305,11 @@ def test_layers_are_frozen_in_the_stages_that_distil_alone():
         ("--method sft --align-layers 1", "without an attention loss"),
         ("--vat-heads matched --vat-loss mse", "--vat-loss mse"),
         ("--vat-heads matched --matching adaptive", "adaptive"),
-        ("--vat-control other --batch-size 1", "--batch-size 2"),
         ("--vat-loss matched-heads", "invalid choice"),
-        ("--freeze-layers early", "give numbers"),
+        ("--freeze-layers early", "rising numbers"),
+        ("--vat-weight 0 --vat-control other", "weight of 0"),
+        ("--weights adl=0 --layers 1-2", "weight of 0"),
+        ("--method sft --tokenizers aligned", "distils nothing"),
         ("--freeze-layers 2,1", "rising numbers"),
         ("--freeze-layers 1 --method sft", "sft distils nothing"),
         (
@@ -313,6 +341,14 @@ def test_layers_that_do_not_exist_are_refused_in_stage_1(world, tmp_path, flags,
     assert not list(tmp_path.glob("*/stage?"))
 
 
+@pytest.mark.parametrize("flags, ranks", [(["--batch-size", "1"], 1), ([], 8)])
+def test_another_sample_of_a_micro_batch_of_one(flags, ranks):
+    """However it comes to that: the tiny recipe's batch of 8 is that of all ranks."""
+    with pytest.raises(BadInput, match="which is one of 1; give --batch-size 2 or more"):
+        config("--vat-control", "other", *flags, ranks=ranks)
+    assert config("--vat-control", "other", stage="1", ranks=ranks).batch_size  # where nothing is aligned
+
+
 @pytest.mark.parametrize("tune", ["full", "lora"])
 def test_frozen_layers_stay(world, tmp_path, tune):
     """In stage 2 layer 1 keeps its bits, and all others move; in stage 3 it moves, too."""
@@ -333,7 +369,21 @@ def test_frozen_layers_stay(world, tmp_path, tune):
 
 
 def test_a_layer_to_freeze_that_does_not_exist(world, tmp_path):
-    where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path]
-    student = ["--student", TINY / "compodistill"]
+    """In stage 1 already, before work that stage 2 could not go on with."""
+    where = ["--data", world / "pretrain.json", "--images", world / "images", "--out", tmp_path]
     with pytest.raises(SystemExit, match="--freeze-layers 9: .* has layers 0 to"):
-        train.main([*map(str, ["--stage", 2, *where, *student, "--freeze-layers", 9])])
+        train.main([*map(str, ["--stage", 1, *where, "--freeze-layers", 9])])
+    assert not (tmp_path / "compodistill/stage1").exists()
+
+
+def test_runs_begun_before_there_were_these_flags_go_on(world, tmp_path):
+    """A run's identity has them only where they are given."""
+    where = ["--data", world / "tune.json", "--images", world / "images", "--out", tmp_path, "--stage", 2]
+    where += ["--student", TINY / "compodistill", "--steps", 3, "--batch-size", 4, "--stop-after", 1]
+    for name, flags in (("plain", []), ("given", ["--align-layers", 2, "--tokenizers", "aligned"])):
+        train.main([*map(str, [*where, "--name", name, *flags])])
+    plain, given = (
+        json.loads((tmp_path / n / "stage2.run/run.json").read_text()) for n in ("plain", "given")
+    )
+    later = {"tokenizers", "freeze_layers", "teacher_layers", "align_layer", "control"}
+    assert not later & plain.keys() and later & given.keys() == {"tokenizers", "align_layer"}

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_run import run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 import data
 import distill
@@ -148,6 +148,15 @@ def test_answers_are_compared_where_both_begin_a_token():
     assert found["covered"].all()
 
 
+def test_tokens_of_which_nothing_is_left():
+    """Both have an empty token at 4, before the answer's [4,6): it is the last of those that end there after
+    which the answer begins, and the empty one is no answer that is compared."""
+    spans = torch.tensor([[[0, 4], [4, 4], [4, 6]]])
+    batch = {"spans": spans, "labels": torch.tensor([[IGNORE, 1, 2]])}
+    found = vocabularies.match_tokens(batch, batch)
+    assert found["kl_labels"].tolist() == [[IGNORE, IGNORE, 2]] and found["position"][0, 1] == 1
+
+
 def test_maps_are_moved_row_by_row():
     """Each row of a student's token is the mean of the teacher's rows whose characters it shares: counted
     out, character by character."""
@@ -203,6 +212,35 @@ def test_the_words_of_two_real_vocabularies(tokenizer, tiny):
         assert tiny.decode([i], skip_special_tokens=False) == tokenizer.decode([j], skip_special_tokens=False)
     assert len(words.student) + len(words.student_rest) == sizes[0]
     assert len(words.teacher) + len(words.teacher_rest) == sizes[1]
+
+
+def test_of_two_words_with_one_spelling_the_added_one_counts():
+    """The encoder uses it; and it is the same one in every process, whatever order a vocabulary comes in."""
+    made = vocabulary(["ĠĠ", "a", "b"])
+    made.add_tokens(["  "])
+    assert {vocabularies.spelling(made)[b"  "] for _ in range(5)} == {3}
+    words = vocabularies.shared_words((made, made), (6, 6))
+    assert (
+        words.student.tolist() == words.teacher.tolist() == [1, 2, 3, 4, 5]
+    )  # and not 0, as a word or padding
+
+
+@pytest.mark.parametrize("kind", ["words", "prefix", "lower case"])
+def test_words_that_do_not_spell_the_text_are_refused(kind, tiny):
+    """Whole words without their spaces, a space put before every text, a normaliser: L_KL would compare what
+    does not mean the same."""
+    vocabularies.check_spelling(tiny)
+    if kind == "words":
+        made = Tokenizer(models.WordLevel({"?": 0, "yes": 1, "red": 2}, unk_token="?"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        made = other_tokenizer()
+        if kind == "prefix":
+            made.normalizer = normalizers.Prepend(" ")
+        else:
+            made.normalizer = normalizers.Replace("the", "The")
+    with pytest.raises(BadInput, match="does not spell .* as it is"):
+        vocabularies.check_spelling(made)
 
 
 def test_tokenizers_that_share_no_word_are_refused():
@@ -365,7 +403,6 @@ def test_plain_and_lean_are_one_with_two_tokenizers(world, teacher, other_lm, mo
     student = assemble(other_lm, teacher)
     batch = batch_of(world, student, teacher, max_length=cut)
     assert batch["teacher"]["input_ids"].shape[1] != batch["input_ids"].shape[1] or cut
-    assert batch["covered"].all(1).logical_not().any()  # padding at the least
     one, two = (step(student, teacher, batch, VARIED[name], plain) for plain in (True, False))
     torch.testing.assert_close(one[:2], two[:2], rtol=1e-5, atol=1e-5)
     counts = distill.loss_counts(batch, VARIED[name], VARIED[name].weights["2"])
@@ -481,6 +518,33 @@ def test_losses_that_need_one_vocabulary(method, capsys):
     with pytest.raises(SystemExit):
         config("--method", method, "--tokenizers", "aligned")
     assert f"the losses of {method} need one vocabulary" in capsys.readouterr().err
+
+
+def test_a_cut_of_the_teachers_text_is_counted(world, teacher, other_lm):
+    """Whose tokens are more: with a limit that all of the student's texts keep."""
+    reading_more = assemble(other_lm, teacher)
+    batch = batch_of(world, teacher, reading_more, max_length=160)
+    real = batch["attention_mask"]
+    assert real.sum(1).max() < 160 and batch["teacher"]["attention_mask"].sum(1).max() == 160
+    assert batch["cut"] >= 4 and not batch["covered"][real].all()  # tokens whose counterpart is cut off
+
+
+@pytest.mark.slow
+def test_held_out_records_are_counted_once_on_ranks(world, other_lm, tmp_path):
+    """Three records on two ranks, one at a time: a rank has none left in the second pass."""
+    train.main(argv(world, tmp_path / "start", 1, other_lm))
+    records = json.loads((world / "val.json").read_text())[:3]
+    (world / "three.json").write_text(json.dumps(records))
+    more = ["--student", str(tmp_path / "start/x/stage1"), "--val-data", str(world / "three.json")]
+    train.main([*argv(world, tmp_path / "one", 2, other_lm, "--lr", 1e-9), *more])
+    flags = argv(world, tmp_path / "two", 2, other_lm, "--lr", 1e-9)
+    flags[flags.index("--batch-size") + 1] = "1"
+    run([*flags, *more], 2)
+    one, two = (
+        json.loads((tmp_path / out / "x/stage2.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")
+    )
+    for name in ("val_lm", "val_kl", "val_adl"):
+        assert one[name] == pytest.approx(two[name], rel=1e-4), name
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import data
 import model
 import moe
 import rivals
+import vocabularies
 from distill import LM, TeacherAdapterFetch, numbered_layers
 from model import DTYPES, VLM
 from support.checkpoint import find
@@ -98,13 +99,11 @@ def choose_trained(student: VLM, c: Config) -> None:
     (student.adapter.student if taf else student.adapter).requires_grad_(True)
     if c.weights.keys() & rivals.PROJECTED:
         student.projector.requires_grad_(True)
+    layers, sparse = student.lm.model.layers, c.stage in c.method.sparse
+    frozen = numbered_layers(c.freeze_layers) if c.freeze_layers else []
+    if frozen and frozen[-1] >= len(layers):
+        raise BadInput(f"--freeze-layers {c.freeze_layers}: {c.student} has layers 0 to {len(layers) - 1}")
     if c.stage not in ("0a", "1"):
-        layers, sparse = student.lm.model.layers, c.stage in c.method.sparse
-        frozen = numbered_layers(c.freeze_layers) if c.freeze_layers else []
-        if frozen and frozen[-1] >= len(layers):
-            raise BadInput(
-                f"--freeze-layers {c.freeze_layers}: {c.student} has layers 0 to {len(layers) - 1}"
-            )
         free = [layer for i, layer in enumerate(layers) if i not in frozen]
         tuned = nn.ModuleList(layer.mlp for layer in free) if sparse else nn.ModuleList(free)
         (tuned if sparse else student.lm).requires_grad_(c.tune == "full")
@@ -131,7 +130,8 @@ def check_pair(student: VLM, teacher: VLM, taf: bool, tokenizers: str = "same") 
     other = teacher.tokenizer.get_vocab() if teacher.tokenizer else words
     differ = any(other.get(word) != i for word, i in words.items())
     if tokenizers == "aligned":
-        teacher.require_tokenizer()
+        for vlm in (student, teacher):
+            vocabularies.check_spelling(vlm.require_tokenizer())
     elif differ or max(words.values()) >= theirs.text.vocab_size:
         raise BadInput("their tokenizers differ; give --tokenizers aligned, or models of one family")
     if taf != isinstance(student.adapter, TeacherAdapterFetch):

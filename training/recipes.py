@@ -155,6 +155,12 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
             f"{values['accumulation']} = {product}, not the global batch of {values['global_batch']}; "
             f"if {product} is meant, give --global-batch {product}"
         )
+    if args.method.control == "other" and "adl" in args.method.weights.get(stage, LM):
+        if values["batch_size"] < 2:
+            raise BadInput(
+                f"--vat-control other takes another sample of the micro-batch, which is one of "
+                f"{values['batch_size']}; give --batch-size 2 or more"
+            )
     taught = has_teacher(stage, args.method)
     if args.vision and (taught or stage not in ("0a", "1")):
         raise BadInput("--vision is only for stages 0a and 1 without a teacher")
@@ -166,6 +172,7 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
         "global_batch": product,
         "lora_dropout": values["lora_dropout"] or 0.0,
         "freeze_layers": args.freeze_layers if distils(stage, args.method) else None,
+        "tokenizers": args.tokenizers if distils(stage, args.method) else "same",
         "gradient_checkpointing": bool(values["gradient_checkpointing"]),
     }
     return Config(**{field.name: values[field.name] for field in fields(Config)})
@@ -239,11 +246,15 @@ NO_IDENTITY = {
 }
 
 
+LATER = {"tokenizers": "same", "freeze_layers": None}
+LATER |= {"teacher_layers": None, "align_layer": None, "control": None}
+
+
 def identity(c: Config, steps: int, records: Records) -> dict:
     """What makes a run this run: all that its weights depend on, whatever the files are called."""
     flags = {field.name: getattr(c, field.name) for field in fields(c) if field.name not in NO_IDENTITY}
     folders = {name: getattr(c, name) for name in ("student", "teacher", "vision")}
-    return {
+    whole = {
         "stage": c.stage,
         **flags,
         "steps": steps,
@@ -252,6 +263,8 @@ def identity(c: Config, steps: int, records: Records) -> dict:
         "data": [digest[:16] for digest in records.digests],
         "samples": len(records),
     }
+    # runs that were begun before there were these go on
+    return {name: x for name, x in whole.items() if name not in LATER or x != LATER[name]}
 
 
 def command(c: Config) -> dict:
@@ -319,7 +332,8 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--vat-weight", type=fraction, help="weight of L_ADL, the distillation of attention, in stage 2")
     add("--vat-queries", choices=ROWS, help="rows of the maps that are compared")
     names = ", ".join([*DEPTH_RANGES, "released"])
-    add("--layers", type=layers, help=f"aligned layers: {names}, or by number from 0, as 8-16 or 2,5,7-9")
+    add("--layers", type=layers, help=f"aligned layers: {names}, or by number from 0, as 8-16 or 2,5,7-9 "
+        "(the same numbers in both models)")
     add("--student-layers", type=layers, metavar="LAYERS", help="the student's alone, in the same words")
     add("--teacher-layers", type=layers, metavar="LAYERS", help="the teacher's alone")
     add("--align-layers", type=number(int, 0), metavar="N", help="of the student's aligned layers this one, "
@@ -361,7 +375,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--global-batch", type=whole, help="ranks x batch size x accumulation; checked")
     add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA (low-rank "
         "adaptation) on its linear layers")
-    add("--freeze-layers", type=layers, metavar="LAYERS", help="layers of the student's language model that "
+    add("--freeze-layers", type=numbers, metavar="LAYERS", help="layers of the student's language model that "
         "stay as they were, by number, in the stages that distil")
     add("--lora-rank", type=number(int, 1, 1e4), default=128, help="(default: %(default)s)")
     add("--lora-alpha", type=positive, default=256.0, help="(default: %(default)s)")
@@ -425,9 +439,9 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     second = weights.setdefault("2", dict(LM))
     if args.vat_loss not in (None, "none"):
         second.setdefault("adl", 1.0)
-    about_attention = ("vat_weight", "vat_queries", "vat_heads", "vat_control", "layers", "student_layers")
+    about_attention = ("vat_queries", "vat_heads", "vat_control", "layers", "student_layers")
     about_attention += ("teacher_layers", "align_layers", "matching")
-    needless = [flag for flag in about_attention if getattr(args, flag) is not None]
+    needless = [flag for flag in ("vat_weight", *about_attention) if getattr(args, flag) is not None]
     if needless and ("adl" not in second or args.vat_loss == "none"):
         flags = ", ".join(f"--{flag.replace('_', '-')}" for flag in needless)
         parser.error(f"{flags}: nothing is aligned without an attention loss; give --vat-loss, too")
@@ -438,6 +452,9 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     if words:
         weigh(weights, words, args, parser)
     weights = {stage: {name: w for name, w in terms.items() if w} for stage, terms in weights.items()}
+    off = [f"--{flag.replace('_', '-')}" for flag in needless if flag != "vat_weight"]
+    if off and not any("adl" in terms for terms in weights.values()):
+        parser.error(f"{', '.join(off)}: nothing is aligned with a weight of 0")
     for stage, terms in weights.items():
         if args.stage in (None, stage) and not terms.keys() - {"aux"}:
             parser.error(f"stage {stage} has no loss left{' but the balance of experts' * bool(terms)}")
@@ -453,14 +470,18 @@ def method_of(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Meth
     return method
 
 
-def layers(text: str) -> str:
-    """The type of flags that name layers."""
-    if text not in (*DEPTH_RANGES, "released"):
-        try:
-            numbered_layers(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{error}, or a name") from None
+def numbers(text: str) -> str:
+    """The type of flags that number layers."""
+    try:
+        numbered_layers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def layers(text: str) -> str:
+    """The type of flags that name or number layers."""
+    return text if text in (*DEPTH_RANGES, "released") else numbers(text)
 
 
 def layers_of_both(args: argparse.Namespace, method: Method, parser: argparse.ArgumentParser) -> dict:
@@ -492,13 +513,11 @@ def check_variant(args: argparse.Namespace, method: Method, parser: argparse.Arg
                 "--vat-heads matched keeps a map for every head: with --vat-queries "
                 f"{method.rows} some 1.1 GB a sample at the real sizes; give --vat-queries text (0.13 GB)"
             )
-    if args.vat_control == "other" and args.batch_size == 1:
-        parser.error("--vat-control other takes another sample of the micro-batch: --batch-size 2 or more")
     if args.tokenizers == "aligned" and (args.method in RIVALS or not method.kl_shifted):
         parser.error(f"--tokenizers aligned: the losses of {args.method} need one vocabulary")
+    if args.tokenizers == "aligned" and not any(distils(stage, method) for stage in method.weights):
+        parser.error(f"--tokenizers aligned: {args.method} distils nothing")
     if args.freeze_layers:
-        if not args.freeze_layers[0].isdecimal():
-            parser.error(f"--freeze-layers {args.freeze_layers}: give numbers, as 2,3 or 8-16")
         if not any(distils(stage, method) for stage in method.weights if stage != "1"):
             parser.error(f"--freeze-layers: {args.method} distils nothing into the language model")
 

@@ -66,7 +66,8 @@ def validate(
         share = [sample for sample in share if not sample["replaced"]]
         batch = data.to_device(data.collate(share or [held_out[0]]), device)
         if not share:
-            batch["labels"].fill_(data.IGNORE)
+            for labels in batch.keys() & {"labels", "kl_labels"}:
+                batch[labels].fill_(data.IGNORE)
             batch["has_image"].fill_(False)
             batch["attention_mask"].fill_(False)
         _, terms = step(batch, rivals.loss_counts(batch, c.method, c.weights))
