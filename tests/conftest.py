@@ -27,3 +27,19 @@ def teacher():
     import model
 
     return model.load(Path(model.__file__).parent / "tiny/teacher")
+
+
+@pytest.fixture(scope="module")
+def blind(teacher):
+    """A student to which every picture looks the same."""
+    import model
+    from support.world import TINY
+
+    torch.manual_seed(0)
+    vlm = model.VLM.assemble(
+        teacher.vision, model.load_lm(TINY / "student"), teacher.tokenizer, teacher, taf=True
+    )
+    with torch.no_grad():
+        for parameter in vlm.adapter.student.parameters():
+            parameter.zero_()
+    return vlm.eval()

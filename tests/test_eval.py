@@ -152,19 +152,6 @@ def test_what_ships_has_learned_its_world(world, name, least):
     assert sum(file.stat().st_size for file in TINY.glob("*/*")) < 8e6
 
 
-@pytest.fixture(scope="module")
-def blind(teacher):
-    """A student to which every picture looks the same."""
-    torch.manual_seed(0)
-    vlm = model.VLM.assemble(
-        teacher.vision, model.load_lm(TINY / "student"), teacher.tokenizer, teacher, taf=True
-    )
-    with torch.no_grad():
-        for parameter in vlm.adapter.student.parameters():
-            parameter.zero_()
-    return vlm.eval()
-
-
 def test_the_text_only_student_cannot_guess(blind, world):
     """Without a picture the questions give nothing away: a blind model stays near chance on caption pairs."""
     scores = tiny_scores(blind, world)
