@@ -27,7 +27,7 @@ RECIPES = {  # recipe -> stage -> flags; "all" stages first
     "tiny": {
         "all": dict(batch_size=32, max_length=2048, tune="full", precision="fp32", workers=0),
         "0a": dict(steps=300, lr=2e-3),
-        "0b": dict(steps=8000, lr=1.5e-3, batch_size=16),
+        "0b": dict(steps=28000, lr=5e-4, batch_size=8),
         "1": dict(steps=200, lr=2e-3, batch_size=8),
         "2": dict(steps=4000, lr=2e-3, batch_size=8),
         "3": dict(steps=100, lr=5e-4, batch_size=16),
