@@ -89,9 +89,8 @@ def test_a_layer_that_is_needed_is_found(teacher, world):
     assert max(losses) > 20 and rows[0]["accuracy"] == 100
     (one, *_) = suggestions(rows)
     first, last = window(losses)
-    assert one.startswith(
-        f"teacher, recognition (100.0 %): layers {first}-{last} of 0-5 hold 80% of what is lost"
-    )
+    assert first < last, "or its sentence is another"
+    assert one.startswith(f"teacher, recognition (100.0 %): layers {first}-{last} hold 80% of what is lost")
     held = 100 * np.maximum(losses, 0)[2:5].sum() / np.maximum(losses, 0).sum()
     assert one.endswith(f"2-4, hold {held:.0f} %")
 
