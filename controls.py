@@ -33,15 +33,15 @@ def control_maps(
     columns, R = batch["visual_columns"], rows.shape[1]
     position = torch.arange(R, device=columns.device)  # (R,)
     visible = columns[:, None, :] <= (first + position)[:, None]  # (B,R,P)
-    share = visible / visible.sum(-1, keepdim=True).clamp(min=1)
-    even = {i: A.sum(-1, keepdim=True) * with_heads(share, A) for i, A in teacher_maps.items()}
-    if control == "uniform":
-        return even
     if control == "shuffled":
         order = torch.stack([random_order(ids, columns.shape[1]) for ids in batch["input_ids"]])  # (B,P)
         order = order[:, None].masked_fill(~visible, columns.shape[1])  # (B,R,P), unseen ones go last
         order = order.argsort(-1)
         return {i: A.gather(-1, with_heads(order, A).expand_as(A)) for i, A in teacher_maps.items()}
+    share = visible / visible.sum(-1, keepdim=True).clamp(min=1)
+    even = {i: A.sum(-1, keepdim=True) * with_heads(share, A) for i, A in teacher_maps.items()}
+    if control == "uniform":
+        return even
     if control != "other":
         raise ValueError(f"control {control!r} is not known; choose one of {', '.join(CONTROLS)}")
     having = rows.any(1)  # a map that says something

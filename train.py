@@ -105,7 +105,9 @@ class Step(nn.Module):
         if self.student_layers and not self.plain:  # or of them what is read, (B,R,P)
             heads = distill.DISTANCES[self.method.distance].heads
             attend, rows = lean.visual_attention_of(batch, self.method.rows, heads)
-            teacher_attend, _ = lean.visual_attention_of(read, self.method.rows, heads)
+            teacher_attend = attend
+            if read is not batch:
+                teacher_attend, _ = lean.visual_attention_of(read, self.method.rows, heads)
         # no attention mask: causality hides padding on the right
         with torch.no_grad():  # frozen, so held in the dtype of its products
             z = student.image_features(batch["pixel_values"])  # (N,P,C_vision), the same in both models

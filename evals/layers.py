@@ -76,12 +76,12 @@ def right_answers(
         embeds = vlm.embed(batch["input_ids"], batch["pixel_values"])
         targets = distill.next_tokens(batch["labels"])
         here = targets != data.IGNORE
+        last = here.long().argmax(1) + (len(options.lead) if pairs else 0)
         rows = []
         for layer in [None, *layers]:
             attention = {} if layer is None else {layer: Blind(batch["visual_columns"])}
             hidden = vlm.lm(inputs_embeds=embeds, attention=attention, logits=False).hidden
             if pairs:
-                last = here.long().argmax(1) + len(options.lead)
                 rows.append(model.finite(yes_over_no(vlm, hidden, last, options), vlm.name))
                 continue
             logits = model.finite(vlm.lm.head(hidden[here]), vlm.name)

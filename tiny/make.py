@@ -138,7 +138,7 @@ def make_teacher(out: Path, made: dict) -> int:
         teacher = train(recipes.configure("0b", args, ranks=1))
         if not made["steps"]:
             scores = tiny_scores(model.load(teacher), out / "world", 100)
-            print(f"{table({f'round {number}': scores})}")
+            print(table({f"round {number}": scores}))
             if min(scores.values()) < 98 or scores["recognition"] < 99:
                 continue
         shutil.move(teacher, out / "teacher")

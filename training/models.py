@@ -10,14 +10,14 @@ import model
 import moe
 import rivals
 import vocabularies
-from distill import LM, TeacherAdapterFetch, numbered_layers
+from distill import TeacherAdapterFetch, numbered_layers
 from model import DTYPES, VLM
 from support.checkpoint import find
 from support.errors import BadInput
 from support.files import read_json
 from support.ranks import barrier, rank_and_ranks
 from training import lora, resume
-from training.recipes import Config
+from training.recipes import Config, distils
 
 
 def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
@@ -51,8 +51,7 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
     student.lm.checkpointing = c.gradient_checkpointing
     if c.compile:
         compile_layers(student, teacher)
-    distils = c.weights.keys() - LM.keys()  # else only its adapter was fetched
-    return student, teacher if distils else None
+    return student, teacher if distils(c.stage, c.method) else None  # else only its adapter was fetched
 
 
 def prepare_student(student: VLM, teacher: VLM | None, c: Config) -> None:
