@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
     add("--steps", type=whole, help="of each of the teacher's stages (default: the recipe's)")
     add("--other", action="store_true", help="a teacher of another family, shape and tokenizer")
+    add("--layers", type=whole, help="of the teacher's language model (default: its size's own)")
     return parse(parser, argv)
 
 

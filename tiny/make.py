@@ -7,7 +7,8 @@
 
 The students that ship are what `python -m tiny` then leaves in out/NAME/stage3. With --other it makes another
 teacher, of another family (Llama), shape and tokenizer than its students will be, for
-`train.py --teacher FOLDER/teacher --tokenizers aligned`.
+`train.py --teacher FOLDER/teacher --tokenizers aligned`; with --layers a teacher of another depth, for
+`eval.py analyse layers`.
 
 A part that is there already is not made again, so that a command that was stopped goes on. The README has the
 time that it takes, and the teacher's scores.
@@ -71,12 +72,15 @@ def make_tiny(args: argparse.Namespace) -> None:
     check_writable(args.out)
     file, made = args.out / "make.json", {"seed": args.seed, "steps": args.steps}
     made |= {"other": True} if args.other else {}
+    made |= {"layers": args.layers} if args.layers else {}
     if file.exists() and read_json(file) != made:
         raise BadInput(f"{args.out} has models of {read_json(file)}, not of {made}; choose another --out")
     if not file.exists() and (args.out / "vision").exists():
         raise BadInput(f"{args.out / 'vision'} is there, and {file} is not; choose another --out")
     write_atomically(file, json.dumps(made))
     tokenizer, sizes = world.make_tokenizer(words=not args.other), OTHER if args.other else SIZES
+    if args.layers:
+        sizes = sizes | {"teacher-lm": sizes["teacher-lm"] | {"num_hidden_layers": args.layers}}
     if not (args.out / "vision").exists():
         torch.manual_seed(args.seed)
         make_vision(args.out / "vision", args.seed)
