@@ -149,7 +149,7 @@ def match_layers(student_layers: list[int], teacher_layers: list[int], how: str 
     if not 0 < k <= m:
         raise ValueError(
             f"{k} student layers {student_layers} cannot be matched to {m} teacher layers {teacher_layers}: "
-            "choose at least one student layer and no more than the teacher has"
+            "choose at least one student layer and no more than the teacher has (--student-layers)"
         )
     if how == "group":
         n = m - k + 1
