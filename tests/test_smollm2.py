@@ -67,15 +67,19 @@ def test_the_same_greedy_text(checkpoint):
 
 
 def test_words_that_it_shares_with_other_vocabularies(checkpoint):
-    """Two real byte-level vocabularies: each pair decodes to the same, and most of the smaller one is shared."""
+    """Two real byte-level vocabularies: pairs decode to the same; most of the smaller one is shared."""
     tokenizer = data.load_tokenizer(checkpoint[0])
     vocabularies.check_spelling(tokenizer)
-    folder = Path(os.environ["SHARED"]) / "data/qwen1.5-tokenizer" if "SHARED" in os.environ else TINY / "teacher"
+    folder = (
+        Path(os.environ["SHARED"]) / "data/qwen1.5-tokenizer" if "SHARED" in os.environ else TINY / "teacher"
+    )
     other = data.load_tokenizer(folder)
     sizes = tokenizer.get_vocab_size(), other.get_vocab_size()
     words = vocabularies.shared_words((tokenizer, other), sizes)
     for i, j in zip(words.student.tolist()[::17], words.teacher.tolist()[::17]):
-        assert tokenizer.decode([i], skip_special_tokens=False) == other.decode([j], skip_special_tokens=False)
+        assert tokenizer.decode([i], skip_special_tokens=False) == other.decode(
+            [j], skip_special_tokens=False
+        )
     assert len(words.student) > 0.6 * min(sizes)
 
 
@@ -91,5 +95,7 @@ def test_it_learns_from_a_teacher_with_another_tokenizer(checkpoint, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "x/stage2.jsonl").read_text().splitlines()]
     losses = [row for row in rows if "kl" in row]
     assert len(losses) == 2 and all(row["kl"] > 0 and row["adl"] > 0 for row in losses)
-    answer = model.load(tmp_path / "x/stage2").answer(world / "images/test-0.png", "What colour is the circle?")
+    answer = model.load(tmp_path / "x/stage2").answer(
+        world / "images/test-0.png", "What colour is the circle?"
+    )
     assert isinstance(answer, str)

@@ -182,6 +182,19 @@ def test_the_tiny_models_can_be_made_again(tmp_path, monkeypatch, capsys):
         main([*argv, "--seed", "1"])
 
 
+def test_a_teacher_of_another_depth(tmp_path, monkeypatch, capsys):
+    """make --layers: of the teacher alone."""
+    small(monkeypatch)
+    make_world(tmp_path / "world", tune=64, pretrain=64, per_kind=2)
+    argv = ["make", "--out", str(tmp_path), "--steps", "2"]
+    main([*argv, "--layers", "8"])
+    for name, layers in (("teacher-lm", 8), ("teacher", 8), ("student", 5)):
+        made = json.loads((tmp_path / name / "config.json").read_text())
+        assert made.get("text_config", made)["num_hidden_layers"] == layers
+    with pytest.raises(SystemExit, match="has models of .*choose another --out"):
+        main([*argv, "--layers", "9"])
+
+
 def test_a_teacher_that_has_not_learned_goes_on_with_other_scenes(tmp_path, monkeypatch, capsys):
     """From where it is; and after so many rounds one sentence says that it has not."""
     small(monkeypatch)
@@ -213,6 +226,10 @@ def test_another_teacher(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="has models of .*choose another --out"):
         main(["make", "--out", str(tmp_path), "--steps", "2"])
 
+    for job in ([], ["systems"]):  # their students read the tokens of the teacher that ships
+        with pytest.raises(SystemExit, match="has another tokenizer than .*--tokenizers aligned"):
+            main([*job, "--teacher", str(tmp_path / "teacher"), "--out", str(tmp_path / "job")])
+        assert not list((tmp_path / "job").glob("*"))
     words = [
         "--out",
         str(tmp_path),

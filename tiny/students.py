@@ -16,12 +16,13 @@ from tqdm import tqdm
 
 import model
 import train
+from data import load_tokenizer
 from evals import figures
 from evals.pictures import MADE, attention_picture, tiny_cases
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line, told
 from support.files import check_output, check_writable, field, read_json, write_atomically
-from support.world import COMPOSITION, make_world, tiny_items
+from support.world import COMPOSITION, TINY, make_world, tiny_items
 from tiny.scores import attention_similarity, table, tiny_scores
 from training import recipes
 from training.log import step_of
@@ -53,7 +54,7 @@ def train_students(args: argparse.Namespace) -> None:
     for name in ("attention.png", "curves.png"):
         check_output(args.out / name, MADE)
     started = time.time()
-    teacher, world = model.load(args.teacher), make_test_world(args.out)
+    teacher, world = load_teacher(args.teacher), make_test_world(args.out)
     run_students(args, dict.fromkeys(STUDENTS, steps))
     rows = {"teacher": tiny_scores(teacher, world)}
     for name in STUDENTS:
@@ -111,6 +112,17 @@ def check_same(args: argparse.Namespace, name: str, steps: int, stage: str = "2"
             f"{args.out} has students of --seed {before.get('seed')} --steps {before.get('steps')}; "
             "choose another --out"
         )
+
+
+def load_teacher(name: str) -> model.VLM:
+    """BadInput where it reads other tokens than the students of these jobs."""
+    teacher = model.load(name)
+    if teacher.require_tokenizer().get_vocab() != load_tokenizer(TINY / "student").get_vocab():
+        raise BadInput(
+            f"{name} has another tokenizer than the students of this job; train one with train.py "
+            f"--teacher {name} --tokenizers aligned, and score it with python -m tiny score"
+        )
+    return teacher
 
 
 def make_test_world(out: Path) -> Path:

@@ -22,6 +22,7 @@ from tiny.scores import table, tiny_scores
 from tiny.students import (
     check_students,
     configs_of,
+    load_teacher,
     make_test_world,
     refuse_ranks,
     run_students,
@@ -53,7 +54,7 @@ def train_systems(args: argparse.Namespace) -> None:
     check_writable(args.out)
     check_output(args.out / "systems.md", b"| ")
     check_output(results, b"{")
-    teacher, world = model.load(args.teacher), make_test_world(args.out)
+    teacher, world = load_teacher(args.teacher), make_test_world(args.out)
     for name in ("tune", "val"):
         make_pairs(world, name)
     run_students(args, steps, SYSTEMS)
