@@ -36,7 +36,7 @@ from evals.analyses import (
 )
 from qwen import probabilities
 from support.errors import BadInput, one_line
-from support.world import make_world
+from support.world import TINY, make_world
 
 SHARE = 0.8  # of all that is lost: what the suggested window is to hold
 
@@ -156,6 +156,8 @@ def run(args: argparse.Namespace) -> None:
     """`analyse layers`, as parsed. ValueError (BadInput among them): one sentence for the user."""
     if args.which != ["layers"] or not args.model or args.students or args.image:
         raise BadInput("analyse layers is about single models and goes alone: give them with --model")
+    if args.teacher != str(TINY / "teacher") or args.layers != "intermediate":
+        raise BadInput("analyse layers looks at each layer of each --model: without --teacher and --layers")
     args.out = args.out or Path("out/layers")
     with output_folder(args.out) as folder:
         if args.sugarcrepe or args.gqa:

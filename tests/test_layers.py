@@ -104,6 +104,7 @@ def test_analyse_layers(world, tmp_path, capsys):
     for bad, named in (
         (argv[:-1] + [str(tmp_path / "m")], "--model"),
         (["analyse", "layers", "picture", *argv[2:], "--model", "x"], "goes alone"),
+        (["analyse", "layers", "--layers", "all", "--model", "x"], "without --teacher and --layers"),
         ([*argv[:-1], str(tmp_path / "n"), "--model", str(tmp_path / "nowhere")], "nowhere"),
     ):
         with pytest.raises(SystemExit, match=f"error: .*{named}"):

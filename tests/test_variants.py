@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_distill import mask
 from test_qwen import CLOSE, IDS, gradients, tiny
+from test_run import rows, run, same_run
 
 import distill
 import lean
 import train
 from controls import CONTROLS, control_maps
 from distill import METHODS, aligned_layers, matched_heads_distance, numbered_layers
-from helpers import config, in_full
+from helpers import config, in_full, same_weights
 from lean import VisualAttention
 from support.errors import BadInput
 from support.world import TINY, make_world
@@ -387,3 +388,25 @@ def test_runs_begun_before_there_were_these_flags_go_on(world, tmp_path):
     )
     later = {"tokenizers", "freeze_layers", "teacher_layers", "align_layer", "control"}
     assert not later & plain.keys() and later & given.keys() == {"tokenizers", "align_layer"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", ["shuffled", "uniform"])
+def test_ranks_and_a_stop_change_nothing(world, tmp_path, control):
+    """Layers by number, one pair of them, a control: two ranks (FSDP) train what one does; a run that was
+    stopped ends in the same bits.
+    """
+    flags = ["--stage", 2, "--data", world / "tune.json", "--images", world / "images", "--name", "x"]
+    flags += ["--student", TINY / "compodistill", "--steps", 4, "--lr", 1e-4, "--log-every", 1]
+    flags += ["--student-layers", "1-2", "--teacher-layers", "1-4", "--align-layers", 2]
+    flags = [str(flag) for flag in [*flags, "--vat-control", control]]
+    train.main([*flags, "--batch-size", "4", "--out", str(tmp_path / "one")])
+    parts = [*flags, "--batch-size", "4", "--out", str(tmp_path / "parts")]
+    train.main([*parts, "--stop-after", "2"])
+    train.main(parts)
+    run([*flags, "--batch-size", "2", "--parallel", "fsdp", "--out", str(tmp_path / "two")], 2)
+    same_run(tmp_path / "one", tmp_path / "parts")
+    one, two = (load_file(tmp_path / out / "x/stage2/model.safetensors") for out in ("one", "two"))
+    same_weights(one, two)
+    for ours, theirs in zip(*(rows(tmp_path / out) for out in ("one", "two")), strict=True):
+        assert ours["adl"] == pytest.approx(theirs["adl"], rel=1e-4) and ours["adl"] > 0
