@@ -4,9 +4,10 @@
     python -m tiny score --model tiny/compodistill   # scores of a checkpoint, and similarity to the teacher
     python -m tiny systems                           # the paper's table: all systems, trained and scored
     python -m tiny story                             # does the paper's argument hold? analyses and a report
+    python -m tiny study --out FOLDER                # every variant of the method, with five seeds each
     python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
 
-The main job, `systems` and `make`, when they were stopped, go on with the same command.
+The main job, `systems`, `study` and `make`, when they were stopped, go on with the same command.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tiny.make import make_tiny
 from tiny.scores import attention_similarity, table, tiny_scores
 from tiny.story import story
 from tiny.students import train_students
+from tiny.study import TABLES, study
 from tiny.systems import train_systems
 
 
@@ -63,6 +65,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add_common_arguments(commands.add_parser("story", help="all analyses, and what holds"), "out/story")
 
+    add = commands.add_parser("study", help="the trainings behind RESULTS.md").add_argument
+    add("--out", type=Path, required=True, help="folder of all outputs")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(TABLES),
+        default=list(TABLES),
+        metavar="TABLE",
+        help=f"{', '.join(TABLES)} (default: all)",
+    )
+    add(
+        "--seeds",
+        nargs="+",
+        type=number(int, 0),
+        default=[0, 1, 2, 3, 4],
+        metavar="N",
+        help="(default: 0 to 4)",
+    )
+    add("--steps", type=whole, help="of stage 2, all else in proportion (default: the recipe's)")
+    add("--teacher", default=teacher, help="(default: %(default)s)")
+    add("--other", metavar="TEACHER", help="of another family and tokenizer, as make --other leaves it")
+
     add = commands.add_parser("make", help="the models that ship, again from nothing").add_argument
     add("--out", type=Path, required=True, help="folder of all outputs")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
@@ -89,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("stopped; the same command goes on" if again else "stopped"):
         args = parse_args(argv)
         run = {"students": train_students, "systems": train_systems, "score": score, "story": story}
-        (run | {"make": make_tiny})[args.command](args)
+        (run | {"study": study, "make": make_tiny})[args.command](args)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -149,59 +150,75 @@ def run_students(
 ) -> None:
     """A process for each student {method: {stage: steps}}, until all have their scores.
 
-    As many at a time as there are cores. flags: of train.py, of a method.
+    flags: of train.py, of a method.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads, at_once = max(1, cores // len(students)), min(cores, len(students))
-    spawn = torch.multiprocessing.get_context("spawn")
-    waiting, running = [], []
+    jobs = {}
     for name, steps in reversed(students.items()):  # the slow ones first: they share the cores best
         argv = ["--method", name, f"--out={args.out}", "--seed", str(args.seed), f"--teacher={args.teacher}"]
         argv += (flags or {}).get(name, [])
         if not args.steps:  # else their stages have other numbers of steps than train.py's
             print(f"  python train.py {' '.join(argv)}")
-        waiting.append(spawn.Process(target=student_process, args=(argv, steps, threads), daemon=True))
-    total = sum(sum(steps.values()) for steps in students.values())
-    bar = tqdm(total=total, desc=f"{len(students)} students", unit="step", dynamic_ncols=True)
+        jobs[name] = (argv, steps, POINTS)
+    for _ in run_jobs(args.out, jobs, student_scores):
+        pass
+
+
+def run_jobs(out: Path, jobs: dict[str, tuple], scored: Callable[..., dict]) -> Iterator[str]:
+    """{name: (words of train.py, {stage: steps}, points of the curve)} -> the names, as they finish.
+
+    As many at a time as there are cores. A student's scores are what scored(student, teacher, world) says.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads, at_once = max(1, cores // max(1, len(jobs))), min(cores, len(jobs))
+    spawn = torch.multiprocessing.get_context("spawn")
+    waiting, running = list(jobs), {}
+    total = sum(sum(steps.values()) for _, steps, _ in jobs.values())
+    bar = tqdm(total=total, desc=f"{len(jobs)} students", unit="step", dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                running.append(waiting.pop(0))
+                name = waiting.pop(0)
+                work = (*jobs[name], threads, scored)
+                running[name] = spawn.Process(target=student_process, args=work, daemon=True)
                 plain = signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C this process tells it
-                running[-1].start()
+                running[name].start()
                 signal.signal(signal.SIGINT, plain)
             time.sleep(0.5)
-            bar.update(sum(last_step(args.out / name) for name in students) - bar.n)
-            if any((process.exitcode or 0) < 0 for process in running):
-                raise BadInput("a student was killed, perhaps for want of memory; the same command goes on")
-            if any(process.exitcode for process in running):
-                raise BadInput("a student stopped, as said above; mended, the same command goes on")
-            running = [process for process in running if process.exitcode is None]
+            bar.update(sum(last_step(out / name) for name in jobs) - bar.n)
+            for name in [name for name, process in running.items() if process.exitcode is not None]:
+                code = running.pop(name).exitcode
+                if code < 0:
+                    raise BadInput(
+                        "a student was killed, perhaps for want of memory; the same command goes on"
+                    )
+                if code:
+                    raise BadInput("a student stopped, as said above; mended, the same command goes on")
+                yield name
     finally:  # whatever ends this process: they save first
         bar.close()
-        for process in running:
+        for process in running.values():
             process.terminate()
-        for process in running:
+        for process in running.values():
             process.join(60)
 
 
-def student_process(argv: list[str], steps: dict[str, int], threads: int) -> None:
+def student_process(
+    argv: list[str], steps: dict[str, int], points: int, threads: int, scored: Callable[..., dict]
+) -> None:
     """One student: its stages, scored on a few items while it learns, and on all at the end."""
     torch.set_num_threads(threads)
     parent = torch.multiprocessing.parent_process().pid  # not getppid(): it may be dead already
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     args = recipes.parse_args("", argv)
-    args.quiet, args.val_every = True, max(1, steps["2"] // POINTS)
+    args.quiet, args.val_every = True, max(1, steps["2"] // max(1, points))
     try:
         for stage, args.steps in steps.items():
-            args.val_data = args.out / "world/val.json" if stage == "2" else None
+            args.val_data = args.out / "world/val.json" if stage == "2" and points else None
             c = recipes.configure(stage, args, ranks=1)
             for step, student in train.train_steps(c):
-                if stage == "2" and is_due(step, args.steps, args.val_every):
+                if args.val_data and is_due(step, args.steps, args.val_every):
                     add_point(args.out, args.name, step, student)
-        student, teacher = model.load(c.folder), model.load(args.teacher)
-        scores = tiny_scores(student, args.out / "world")
-        scores["similarity"] = attention_similarity(student, teacher, args.out / "world")
+        scores = scored(model.load(c.folder), model.load(args.teacher), args.out / "world")
         write_atomically(args.out / args.name / "scores.json", json.dumps(scores, indent=1))
     except (KeyboardInterrupt, Stopped):
         sys.exit(1)
@@ -209,6 +226,11 @@ def student_process(argv: list[str], steps: dict[str, int], threads: int) -> Non
         if (said := told(error)) is None:
             raise
         sys.exit(f"{args.name}: {said}")
+
+
+def student_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict[str, float]:
+    """Of a student that is done."""
+    return tiny_scores(student, world) | {"similarity": attention_similarity(student, teacher, world)}
 
 
 # ---------------------------------------------------------------- curves

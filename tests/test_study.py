@@ -1,0 +1,176 @@
+"""tiny/study.py: trainings and their lines; what is done is neither done again nor mixed with others'.
+
+After a change of what training does, give study.METHOD one more, and `python tests/test_study.py` writes the
+losses that test_lines_are_of_this_method compares with.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a program
+
+import train
+from support.world import make_world
+from tiny import study
+from tiny.__main__ import main
+from tiny.study import TABLES, Variant, run_name
+from training import recipes
+
+VARIANTS = list(dict.fromkeys(variant for rows in TABLES.values() for variant in rows.values()))
+WORLD = dict(tune=64, pretrain=32, per_kind=4)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("tiny") / "world", **WORLD)
+
+
+def test_no_two_variants_are_one():
+    """By what is trained, not by the words; and each has a folder of its own."""
+    assert len({run_name(variant, 0) for variant in VARIANTS}) == len(VARIANTS)
+    seen = {}
+    for variant in VARIANTS:
+        args = recipes.parse_args("", [*variant.flags.split(), "--student", "any", "--name", "x"])
+        stages = [recipes.configure(stage, args, ranks=1) for stage in args.method.weights]
+        whole = str([{**asdict(c), "method": (asdict(c.method), c.weights)} for c in stages])
+        assert seen.setdefault((whole, variant.times, variant.teacher), variant) == variant
+
+
+def test_steps_are_in_proportion():
+    assert study.steps_of(["--method", "kd"], 8, None) == {"1": 1600, "2": 32000, "3": 800}
+    assert study.steps_of(["--method", "kd"], 2, 40) == {"1": 4, "2": 80, "3": 2}
+
+
+def argv(out, *flags):
+    return ["study", "--out", str(out), "--only", "pairs", "--steps", "2", *map(str, flags)]
+
+
+@pytest.fixture(scope="module")
+def done(world, tmp_path_factory):
+    """A folder with lines of all of one table, one seed."""
+    out = tmp_path_factory.mktemp("study")
+    shutil.copytree(world, out / "world")
+    main(argv(out, "--seeds", 0))
+    return out
+
+
+def lines_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_line_for_each_training(done):
+    lines = lines_of(done)
+    assert {line["flags"] for line in lines} == {variant.flags for variant in TABLES["pairs"].values()}
+    for line in lines:
+        assert (line["seed"], line["times"], line["teacher"], line["method"]) == (0, 1, "tiny", study.METHOD)
+        assert line["steps"] == {"1": 1, "2": 2, "3": 1} and line["seconds"] > 0 and line["memory_gb"] > 0
+        assert set(line["losses"]) == {"lm", "kl", "adl"} and -1 <= line["similarity"] <= 1
+        kinds = [line[kind] for kind in study.COMPOSITION]
+        assert line["compositional"] == pytest.approx(sum(kinds) / len(kinds), abs=1e-2)
+        assert set(line["forced"]) == {"as it is", "mean", "full", "own mean", "other picture"}
+        log = done / run_name(Variant(line["flags"]), 0) / "stage2.jsonl"
+        assert line["losses"]["adl"] == pytest.approx(
+            json.loads(log.read_text().splitlines()[-1])["adl"], abs=1e-4
+        )
+
+
+def test_what_is_done_is_not_done_again(done, world, tmp_path, monkeypatch, capsys):
+    """Not there, and not in a folder that has a copy of the lines; another seed is missing."""
+    shutil.copytree(world, tmp_path / "world")
+    shutil.copy(done / "results.jsonl", tmp_path)
+    for out in (done, tmp_path):
+        main(argv(out, "--seeds", 0))
+        assert "3 trainings, of which 0 are to come" in capsys.readouterr().out
+    jobs = {}
+    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored: jobs.update(todo) or [])
+    main(argv(tmp_path, "--seeds", 0, 1))
+    assert list(jobs) == [run_name(variant, 1) for variant in TABLES["pairs"].values()]
+    main(
+        ["study", "--out", str(tmp_path), "--only", "systems", "vocabularies", "--steps", "2", "--seeds", "0"]
+    )
+    assert "another teacher are left out" in capsys.readouterr().out
+    # the paper's own form stands in both tables
+    assert len(jobs) == 3 + len(TABLES["systems"]) - 1
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ('"forced"', '{"', "line 1 .*take this line out"),
+        ('"seed": 0', '"seed": "0"', "line 1: seed is '0', not a int; take this line out"),
+        ('"colour": ', '"colour": 999', "line 1: colour is 999.* from 0 to 100; take this line out"),
+        ('"colour": ', '"hue": ', "line 1: colour is None.*; take this line out"),
+        ('"2": 2', '"2": 3', "with steps .*choose another --out"),
+        ('"world": "', '"world": "x', "made with another world than this one"),
+        ('"tiny": "', '"tiny": "x', "made with another teacher than this one"),
+        ("{", "[1]\n{", "line 1: .*; take this line out"),
+        ("{", "TWICE", "line 4 is a second one of .*, seed 0; take one of them out"),
+    ],
+)
+def test_lines_that_are_damaged_or_foreign(done, world, tmp_path, old, new, said):
+    shutil.copytree(world, tmp_path / "world")
+    text = (done / "results.jsonl").read_text()
+    text = 2 * text if new == "TWICE" else text.replace(old, new, 1)
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        main(argv(tmp_path, "--seeds", 0))
+    assert (tmp_path / "results.jsonl").read_text() == text
+
+
+def test_lines_of_another_method_are_kept_and_do_not_count(done, world, tmp_path, monkeypatch):
+    shutil.copytree(world, tmp_path / "world")
+    shutil.copy(done / "results.jsonl", tmp_path)
+    before = (tmp_path / "results.jsonl").read_text()
+    monkeypatch.setattr(study, "METHOD", study.METHOD + 1)
+    main(argv(tmp_path, "--seeds", 0))
+    after = (tmp_path / "results.jsonl").read_text()
+    assert after.startswith(before) and len(after.splitlines()) == 6
+    assert len(study.read_lines(tmp_path / "results.jsonl")) == 3
+
+
+def test_seconds_of_a_training_that_was_stopped(tmp_path):
+    """A clock that goes back is that of a process that went on."""
+    logs = {"stage1": [3, 5], "stage2": [2, 4, 1, 6]}
+    for name, clock in logs.items():
+        rows = [{"step": i + 1, "seconds": at, "memory_gb": at / 10, "lm": i} for i, at in enumerate(clock)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert study.logged(tmp_path) == {"losses": {"lm": 3}, "seconds": 15, "memory_gb": 0.6}
+
+
+SHORT = Path(__file__).with_name("study_losses.json")
+TRAINED = [variant for variant in VARIANTS if variant.times == 1 and variant.teacher == "tiny"]
+
+
+def short_training(variant, world, out):
+    """{stage: last losses and gradient norm} of three steps of each stage."""
+    shutil.copytree(world, out / "world")
+    flags = [*variant.flags.split(), "--out", out, "--name", "x", "--steps", 3, "--log-every", 1]
+    train.main([*map(str, flags), "--batch-size", "4", "--global-batch", "4"])
+    logs = {log.stem: log.read_text().splitlines()[-1] for log in sorted((out / "x").glob("stage?.jsonl"))}
+    last, names = {stage: json.loads(row) for stage, row in logs.items()}, (*study.TERMS, "grad_norm")
+    return {stage: [round(row[name], 5) for name in names if name in row] for stage, row in last.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", TRAINED, ids=lambda variant: run_name(variant, 0))
+def test_lines_are_of_this_method(variant, world, tmp_path):
+    """The losses of a short training are those that this METHOD had; 1e-3 is far more than rounding."""
+    expected, found = json.loads(SHORT.read_text()), short_training(variant, world, tmp_path)
+    assert expected["method"] == study.METHOD
+    assert found.keys() == expected[variant.flags].keys()
+    for stage, values in expected[variant.flags].items():
+        assert found[stage] == pytest.approx(values, rel=1e-3), stage
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        source = make_world(root / "world", **WORLD)
+        losses = {v.flags: short_training(v, source, root / run_name(v, 0)) for v in TRAINED}
+    SHORT.write_text(json.dumps({"method": study.METHOD} | losses, indent=1))

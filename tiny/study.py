@@ -1,0 +1,270 @@
+"""`python -m tiny study`: the trainings behind RESULTS.md, each variant of the method with several seeds.
+
+    python -m tiny study --out FOLDER                                all tables, seeds 0 to 4: many hours
+    python -m tiny study --out FOLDER --only modules --seeds 0 1     one table, two seeds
+
+A table is rows, a row is a variant: flags of train.py. A variant that stands in several tables is trained
+once. Every training that is done is a line of FOLDER/results.jsonl, and is not done again: what was stopped
+goes on, and another FOLDER goes on from a copy of that file. Lines of another METHOD are kept, and count for
+nothing.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import model
+from evals.analyses import intervene, pair_hits, world_questions
+from support.checkpoint import find, fingerprint
+from support.errors import BadInput, one_line
+from support.files import check_writable, digest, field, parse_json, read_json, read_text, write_atomically
+from support.world import COMPOSITION, RECOGNITION, make_pairs
+from tiny.scores import attention_similarity, tiny_scores
+from tiny.students import POINTS, load_teacher, make_test_world, refuse_ranks, run_jobs
+from training import recipes
+from training.log import step_of
+
+# Of what a line's figures depend on beside its flags: one more with every change of the code after which a
+# training ends with other losses (tests/test_study.py).
+METHOD = 1
+FORCED = 150  # caption pairs of a kind, of the intervention
+TERMS = ("lm", "kl", "adl")
+FIELDS = (("flags", str), ("times", int), ("teacher", str))  # of a Variant
+SCORES = ("recognition", "compositional", *RECOGNITION, *COMPOSITION)
+
+
+class Variant(NamedTuple):
+    flags: str  # of train.py
+    times: int = 1  # the recipe's steps; more than 1: with a curve
+    teacher: str = "tiny"  # or "other", of make --other
+
+
+PAPER, ROWS = "--method compodistill", "--method compodistill-rows"
+KD, KD_TAF, SFT = "--method kd", "--method kd --taf", "--method sft"
+ALIGNED = " --tokenizers aligned"
+
+TABLES: dict[str, dict[str, Variant]] = {
+    # the paper's
+    "systems": {
+        "SFT": Variant(SFT),
+        "KD": Variant(KD),
+        "LLaVA-KD": Variant("--method llava-kd --weights image_kl=0.03"),
+        "LLaVADI": Variant("--method llavadi"),
+        "LLaVA-MoD": Variant("--method llava-mod"),
+        "CompoDistill": Variant(PAPER),
+        "CompoDistill, row by row": Variant(ROWS),
+    },
+    "modules": {
+        "KD": Variant(KD),
+        "VAT": Variant(f"{PAPER} --no-taf"),
+        "TAF": Variant(KD_TAF),
+        "VAT and TAF": Variant(PAPER),
+    },
+    "loss": {
+        "none": Variant(KD_TAF),
+        "MSE": Variant(f"{PAPER} --vat-loss mse"),
+        "KL": Variant(f"{PAPER} --vat-loss kl"),
+        "cosine": Variant(PAPER),
+    },
+    "layers": {
+        "early": Variant(f"{PAPER} --layers early"),
+        "later": Variant(f"{PAPER} --layers later"),
+        "all": Variant(f"{PAPER} --layers all"),
+        "intermediate": Variant(PAPER),
+    },
+    "matching": {
+        "simple": Variant(f"{PAPER} --matching simple"),
+        "adaptive": Variant(f"{PAPER} --matching adaptive"),
+        "group": Variant(PAPER),
+    },
+    # ours
+    "rows": {
+        "whole map, all rows": Variant(PAPER),
+        "whole map, rows of the picture": Variant(f"{PAPER} --vat-queries image"),
+        "whole map, rows of text": Variant(f"{PAPER} --vat-queries text"),
+        "row by row, all rows": Variant(f"{ROWS} --vat-queries all"),
+        "row by row, rows of the picture": Variant(f"{ROWS} --vat-queries image"),
+        "row by row, rows of text": Variant(ROWS),
+    },
+    "weight": {
+        "0.3": Variant(f"{PAPER} --vat-weight 0.3"),
+        "1": Variant(PAPER),
+        "3": Variant(f"{PAPER} --vat-weight 3"),
+        "10": Variant(f"{PAPER} --vat-weight 10"),
+    },
+    "heads": {
+        "mean of the heads": Variant(ROWS),
+        "matched heads": Variant(f"{ROWS} --vat-heads matched"),
+    },
+    "controls": {
+        "the teacher's maps": Variant(PAPER),
+        "shuffled": Variant(f"{PAPER} --vat-control shuffled"),
+        "of another sample": Variant(f"{PAPER} --vat-control other"),
+        "uniform": Variant(f"{PAPER} --vat-control uniform"),
+        "none": Variant(KD_TAF),
+    },
+    "vocabularies": {
+        "KD": Variant(KD + ALIGNED, teacher="other"),
+        "CompoDistill": Variant(PAPER + ALIGNED, teacher="other"),
+    },
+    "freezing": {
+        "none": Variant(PAPER),
+        "layers 2, 3": Variant(f"{PAPER} --freeze-layers 2,3"),
+        "layers 0, 1": Variant(f"{PAPER} --freeze-layers 0,1"),
+        "layer 4": Variant(f"{PAPER} --freeze-layers 4"),
+    },
+    "pairs": {
+        "both": Variant(PAPER),
+        "layer 2 alone": Variant(f"{PAPER} --align-layers 2"),
+        "layer 3 alone": Variant(f"{PAPER} --align-layers 3"),
+    },
+    "budget": {
+        "SFT": Variant(SFT, 8),
+        "KD": Variant(KD, 8),
+        "KD, TAF": Variant(KD_TAF, 8),
+        "CompoDistill": Variant(PAPER, 8),
+    },
+}
+
+
+def study(args: argparse.Namespace) -> None:
+    """Train and score what is missing of the tables args.only and the seeds; a line of results.jsonl each."""
+    refuse_ranks()
+    check_writable(args.out)
+    load_teacher(args.teacher)
+    world, file = make_test_world(args.out), args.out / "results.jsonl"
+    teachers = {"tiny": args.teacher} | ({"other": args.other} if args.other else {})
+    prints = {who: fingerprint(find(name)) for who, name in teachers.items()} | {"world": world_print(world)}
+    rows = [variant for name in args.only for variant in TABLES[name].values()]
+    if not args.other and any(variant.teacher == "other" for variant in rows):
+        print("rows of another teacher are left out: python -m tiny make --other makes one, for --other")
+        rows = [variant for variant in rows if variant.teacher == "tiny"]
+    lines, jobs, todo = read_lines(file, prints), {}, {}
+    for variant in dict.fromkeys(rows):
+        for seed in args.seeds:
+            name = run_name(variant, seed)
+            argv = [*variant.flags.split(), "--seed", str(seed), "--name", name, f"--out={args.out}"]
+            argv.append(f"--teacher={teachers[variant.teacher]}")
+            steps, done = steps_of(argv, variant.times, args.steps), lines.get((variant, seed))
+            if not done:
+                jobs[name], todo[name] = (argv, steps, POINTS * (variant.times > 1)), (variant, seed)
+            elif done["steps"] != steps:
+                raise BadInput(
+                    f"{file} has {name} with steps {done['steps']}, not {steps}; choose another --out"
+                )
+            if "4" in steps:
+                make_pairs(world, "tune")
+    print(f"{len(dict.fromkeys(rows)) * len(args.seeds)} trainings, of which {len(jobs)} are to come")
+    for name in run_jobs(args.out, jobs, study_scores) if jobs else ():
+        variant, seed = todo[name]
+        line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": jobs[name][1]}
+        line |= {"prints": {who: prints[who] for who in (variant.teacher, "world")}, "commit": commit()}
+        line |= logged(args.out / name) | read_json(args.out / name / "scores.json")
+        before = read_text(file) if file.exists() else ""
+        write_atomically(file, before + json.dumps(line) + "\n")
+    print(f"{one_line(file)}: a line for each training")
+
+
+def run_name(variant: Variant, seed: int) -> str:
+    """The folder of a training."""
+    words = re.sub("[^a-z0-9.,]+", "-", variant.flags.removeprefix("--method "))
+    return f"{words}{f'-x{variant.times}' * (variant.times > 1)}-{seed}"
+
+
+def steps_of(argv: list[str], times: int, second: int | None) -> dict[str, int]:
+    """{stage: steps}: `times` the recipe's, or in proportion to `second` of stage 2."""
+    args = recipes.parse_args("", [*argv, "--student", "any"])  # then nothing is looked for
+    steps = {stage: recipes.configure(stage, args, ranks=1).steps for stage in args.method.weights}
+    share = times * (second or steps["2"]) / steps["2"]
+    return {stage: max(1, round(share * number)) for stage, number in steps.items()}
+
+
+def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
+    """Scores, in %; where both read the same tokens also the similarity of their attention, and the pairs
+    that are right with the teacher's attention forced on the student (evals.analyses.WAYS).
+    """
+    scores = {name: round(score, 3) for name, score in tiny_scores(student, world).items()}
+    if student.require_tokenizer().get_vocab() != teacher.require_tokenizer().get_vocab():
+        return scores
+    pairs = world_questions(world, FORCED)["compositional"]
+    odds = intervene(teacher, {"student": student}, pairs)["student"]
+    forced = {way: round(float(pair_hits(x).mean()), 3) for way, x in odds.items()}
+    similarity = round(attention_similarity(student, teacher, world), 4)
+    return scores | {"similarity": similarity, "forced": forced}
+
+
+def logged(folder: Path) -> dict:
+    """Of a training's logs: its last losses of stage 2, seconds of all steps, peak memory; and its curve."""
+    rows = {
+        log.stem: [json.loads(line) for line in read_text(log).splitlines() if step_of(line)]
+        for log in sorted(folder.glob("stage?.jsonl"))
+    }
+    clocks = [[row["seconds"] for row in of_stage] for of_stage in rows.values()]
+    # a clock that goes back is that of a process that went on after a stop
+    seconds = sum(a for clock in clocks for a, b in zip(clock, [*clock[1:], 0]) if b < a)
+    last = rows["stage2"][-1]
+    more = {"curve": read_json(folder / "curve.json")} if (folder / "curve.json").exists() else {}
+    return {
+        "losses": {term: round(last[term], 4) for term in TERMS if term in last},
+        "seconds": round(seconds, 1),
+        "memory_gb": max(row["memory_gb"] for of_stage in rows.values() for row in of_stage),
+        **more,
+    }
+
+
+def world_print(world: Path) -> str:
+    """Tells one tiny world from another: its records, not their pictures."""
+    whole = hashlib.sha256()
+    for file in [
+        *(world / f"{name}.json" for name in ("pretrain", "tune", "val")),
+        *sorted(world.glob("test/*.json")),
+    ]:
+        with open(file, "rb") as handle:
+            whole.update(f"{file.relative_to(world)} {digest(handle)}".encode())
+    return whole.hexdigest()[:16]
+
+
+def commit() -> str:
+    """Of the code, with a + where files differ from it; "" where there is no git."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+# ---------------------------------------------------------------- lines
+
+
+def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[Variant, int], dict]:
+    """{(variant, seed): line} of this METHOD, checked. prints: of teachers and world, which all must have.
+
+    BadInput: a line that is damaged, another's, or there twice.
+    """
+    found, remedy = {}, "; take this line out, and its training is done again"
+    for number, text in enumerate(read_text(file).split("\n") if file.exists() else [], 1):
+        where = f"{file}, line {number}"
+        if not text.strip():
+            continue
+        try:
+            line = parse_json(text, where)
+            run = Variant(*(field(line, *named, where) for named in FIELDS)), field(line, "seed", int, where)
+            if field(line, "method", int, where) != METHOD:
+                continue
+            if bad := [score for score in SCORES if not 0 <= field(line, score, float, where) <= 100]:
+                raise BadInput(f"{where}: {bad[0]} is {line[bad[0]]}, not from 0 to 100")
+            own = {who: field(line["prints"], who, str, where) for who in field(line, "prints", dict, where)}
+        except BadInput as error:
+            raise BadInput(f"{error}{remedy}") from None
+        if run in found:
+            raise BadInput(f"{where} is a second one of {run[0].flags}, seed {run[1]}; take one of them out")
+        for who in own.keys() & (prints or {}).keys():
+            if own[who] != prints[who]:
+                what = "world" if who == "world" else "teacher"
+                raise BadInput(f"{where} was made with another {what} than this one; choose another --out")
+        found[run] = line
+    return found
