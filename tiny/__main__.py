@@ -5,6 +5,7 @@
     python -m tiny systems                           # the paper's table: all systems, trained and scored
     python -m tiny story                             # does the paper's argument hold? analyses and a report
     python -m tiny study --out FOLDER                # every variant of the method, with five seeds each
+    python -m tiny report                            # the tables of RESULTS.md, from its lines
     python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
 
 The main job, `systems`, `study` and `make`, when they were stopped, go on with the same command.
@@ -24,6 +25,7 @@ from support.errors import one_line
 from support.program import number, one_sentence, parse
 from support.world import TINY, make_world
 from tiny.make import make_tiny
+from tiny.report import LINES, RESULTS, report
 from tiny.scores import attention_similarity, table, tiny_scores
 from tiny.story import story
 from tiny.students import train_students
@@ -87,6 +89,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher", default=teacher, help="(default: %(default)s)")
     add("--other", metavar="TEACHER", help="of another family and tokenizer, as make --other leaves it")
 
+    add = commands.add_parser("report", help="the tables of RESULTS.md").add_argument
+    add("--lines", nargs="+", type=Path, default=[LINES], help="files of lines (default: the repository's)")
+    add("--into", type=Path, default=RESULTS, help="Markdown file (default: the repository's RESULTS.md)")
+
     add = commands.add_parser("make", help="the models that ship, again from nothing").add_argument
     add("--out", type=Path, required=True, help="folder of all outputs")
     add("--seed", type=number(int, 0), default=0, help="(default: %(default)s)")
@@ -109,11 +115,11 @@ def score(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    again = not {"score", "story"} & set(argv[:1])
+    again = not {"score", "story", "report"} & set(argv[:1])
     with one_sentence("stopped; the same command goes on" if again else "stopped"):
         args = parse_args(argv)
         run = {"students": train_students, "systems": train_systems, "score": score, "story": story}
-        (run | {"study": study, "make": make_tiny})[args.command](args)
+        (run | {"study": study, "report": report, "make": make_tiny})[args.command](args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import model
-from evals.analyses import intervene, pair_hits, world_questions
+from evals.analyses import WAYS, intervene, pair_hits, world_questions
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line
 from support.files import check_writable, digest, field, parse_json, read_json, read_text, write_atomically
@@ -257,6 +257,7 @@ def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[V
                 continue
             if bad := [score for score in SCORES if not 0 <= field(line, score, float, where) <= 100]:
                 raise BadInput(f"{where}: {bad[0]} is {line[bad[0]]}, not from 0 to 100")
+            check_parts(line, where)
             own = {who: field(line["prints"], who, str, where) for who in field(line, "prints", dict, where)}
         except BadInput as error:
             raise BadInput(f"{error}{remedy}") from None
@@ -268,3 +269,19 @@ def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[V
                 raise BadInput(f"{where} was made with another {what} than this one; choose another --out")
         found[run] = line
     return found
+
+
+def check_parts(line: dict, where: str) -> None:
+    """BadInput: something that not every line has, and this one has wrongly."""
+    if "similarity" in line:
+        field(line, "similarity", float, where)
+    if "forced" in line:
+        forced = field(line, "forced", dict, where)
+        for way in WAYS:
+            field(forced, way, float, f"{where}, forced")
+    if line["times"] > 1:
+        for step, point in field(line, "curve", dict, where).items():
+            if not step.isdecimal():
+                raise BadInput(f"{where}, curve: {step!r:.40} is no step")
+            for score in ("recognition", "compositional"):
+                field(point, score, float, f"{where}, curve, {step}")
