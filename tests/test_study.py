@@ -4,6 +4,7 @@ After a change of what training does, give study.METHOD one more, and `python te
 losses that test_lines_are_of_this_method compares with.
 """
 
+import fcntl
 import json
 import shutil
 import sys
@@ -124,6 +125,13 @@ def test_lines_that_are_damaged_or_foreign(done, world, tmp_path, old, new, said
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         main(argv(tmp_path, "--seeds", 0))
     assert (tmp_path / "results.jsonl").read_text() == text
+
+
+def test_one_study_at_a_time(done):
+    with open(done / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another study is at work in .*; wait for it"):
+            main(argv(done, "--seeds", 0))
 
 
 def test_lines_of_another_method_are_kept_and_do_not_count(done, world, tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ nothing.
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import re
@@ -21,7 +22,16 @@ import model
 from evals.analyses import WAYS, intervene, pair_hits, world_questions
 from support.checkpoint import find, fingerprint
 from support.errors import BadInput, one_line
-from support.files import check_writable, digest, field, parse_json, read_json, read_text, write_atomically
+from support.files import (
+    check_writable,
+    digest,
+    field,
+    lock_file,
+    parse_json,
+    read_json,
+    read_text,
+    write_atomically,
+)
 from support.world import COMPOSITION, RECOGNITION, make_pairs
 from tiny.scores import attention_similarity, tiny_scores
 from tiny.students import POINTS, load_teacher, make_test_world, refuse_ranks, run_jobs
@@ -132,9 +142,17 @@ TABLES: dict[str, dict[str, Variant]] = {
 
 
 def study(args: argparse.Namespace) -> None:
-    """Train and score what is missing of the tables args.only and the seeds; a line of results.jsonl each."""
+    """`python -m tiny study`, as parsed."""
     refuse_ranks()
     check_writable(args.out)
+    with open(args.out / "lock", "w") as lock:
+        taken = f"another study is at work in {args.out}; wait for it, or choose another --out"
+        lock_file(lock, fcntl.LOCK_EX, taken)
+        train_missing(args)
+
+
+def train_missing(args: argparse.Namespace) -> None:
+    """Train and score what is missing of the tables args.only and the seeds; a line of results.jsonl each."""
     load_teacher(args.teacher)
     world, file = make_test_world(args.out), args.out / "results.jsonl"
     teachers = {"tiny": args.teacher} | ({"other": args.other} if args.other else {})
@@ -152,9 +170,9 @@ def study(args: argparse.Namespace) -> None:
             steps, done = steps_of(argv, variant.times, args.steps), lines.get((variant, seed))
             if not done:
                 jobs[name], todo[name] = (argv, steps, POINTS * (variant.times > 1)), (variant, seed)
-            elif done["steps"] != steps:
+            elif done.get("steps") != steps:
                 raise BadInput(
-                    f"{file} has {name} with steps {done['steps']}, not {steps}; choose another --out"
+                    f"{file} has {name} with steps {done.get('steps')}, not {steps}; choose another --out"
                 )
             if "4" in steps:
                 make_pairs(world, "tune")
