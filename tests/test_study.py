@@ -4,9 +4,9 @@ After a change of what training does, give study.METHOD one more, and `python te
 losses that test_lines_are_of_this_method compares with.
 """
 
-import fcntl
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -128,10 +128,14 @@ def test_lines_that_are_damaged_or_foreign(done, world, tmp_path, old, new, said
 
 
 def test_one_study_at_a_time(done):
-    with open(done / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    holds = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
+    holds += "; print(flush=True); input()"
+    words = [sys.executable, "-c", holds, str(done / "lock")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(SystemExit, match="another study is at work in .*; wait for it"):
             main(argv(done, "--seeds", 0))
+        other.stdin.close()
 
 
 def test_lines_of_another_method_are_kept_and_do_not_count(done, world, tmp_path, monkeypatch):
