@@ -1,8 +1,8 @@
 """Controls of VAT (--vat-control): the teacher's maps without what they say of the picture.
 
 If a student that is aligned with these learns as much, it does not matter where the teacher looks: the loss
-and its scale are the same. Each row keeps how much it looks at the picture, and looks nowhere that causality
-forbids.
+and its scale are the same. Each row looks nowhere that causality forbids, and keeps how much it looks at the
+picture; with `other` it has that of the row it gets.
 
     shuffled   its columns in a random order, for every sample always the same
     other      the map of the next sample of the micro-batch with a picture, row by row from the picture on,

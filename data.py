@@ -51,7 +51,7 @@ def load_tokenizer(folder: str | Path, vocab_size: int | None = None) -> Tokeniz
         )
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise BadInput(
-            f"{file} has no token {END_OF_TEXT}, which ends every answer; use the Qwen1.5 tokenizer"
+            f"{file} has no token {END_OF_TEXT}, which ends every answer; use a model that has it, as Qwen1.5"
         )
     if getattr(tokenizer.model, "dropout", None):
         raise BadInput(f"{file} has a dropout, by which tokens are random; use the Qwen1.5 tokenizer")

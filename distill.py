@@ -308,8 +308,12 @@ def matched_heads_distance(student: Tensor, target: Tensor, rows: Tensor) -> Ten
     most like it; the numbers of heads may differ, and there is no gradient through the choice.
     """
     student, target = (F.normalize(A, dim=-1, eps=EPS) for A in (student, target))
-    similarity = torch.einsum("bhtp,bgtp->bthg", target, student)  # (B,T,H_t,H_s)
-    return 1 - similarity.max(-1).values.mean(-1)
+    with torch.no_grad():
+        similarity = torch.einsum("bhtp,bgtp->bthg", target, student)  # (B,T,H_t,H_s)
+        chosen = F.one_hot(similarity.argmax(-1), student.shape[1]).float()  # max_g, as a 1 in H_s
+        # the sum of the teacher's heads that chose a head: what is kept has H_s maps, and not H_t
+        pull = torch.einsum("bthg,bhtp->bgtp", chosen, target)
+    return 1 - (pull * student).sum((1, 3)) / target.shape[1]
 
 
 class Distance(NamedTuple):
@@ -410,8 +414,11 @@ def shared_kl_divergence(student_logits: Tensor, teacher_logits: Tensor, words: 
 
 
 def log_p_of_shared(logits: Tensor, shared: Tensor, rest: Tensor) -> Tensor:
-    """Logits (n,V) -> (n,m+1): log p of the m shared words, then of all others together, at least EPS."""
-    log_p = logits.float().log_softmax(-1)
+    """Logits (n,V) -> (n,m+1): log p of the m shared words, then of all others together, at least EPS.
+
+    Rows beyond these are padding that the other model has not, and take no part, as in kl_divergence.
+    """
+    log_p = logits[:, : len(shared) + len(rest)].float().log_softmax(-1)
     others = log_p.new_full((len(log_p), 1), math.log(EPS))
     if len(rest):
         others = log_p[:, rest].logsumexp(-1, keepdim=True).clamp(min=math.log(EPS))

@@ -162,7 +162,8 @@ def shared_kl_with_gradient(
     log_s = distill.log_p_of_shared(student_logits, words.student, words.student_rest)  # (n,m+1)
     p_t = distill.log_p_of_shared(teacher_logits, words.teacher, words.teacher_rest).exp()
     kl = F.kl_div(log_s, p_t, reduction="sum")
-    p, t = student_logits.float().softmax(-1), p_t[:, -1:]
+    size = len(words.student) + len(words.student_rest)  # of the student's rows, without padding of its own
+    p, t = student_logits[:, :size].float().softmax(-1), p_t[:, -1:]
     live = log_s[:, -1:] > math.log(EPS)
     g = p * (1 - t * ~live)
     g[:, words.student] -= p_t[:, :-1]

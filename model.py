@@ -331,7 +331,7 @@ def load(path_or_hub_name: str | Path, dtype: torch.dtype | None = torch.float32
 
 
 def load_lm(path_or_hub_name: str | Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Qwen:
-    """A plain Qwen1.5 / Qwen2 checkpoint: a folder or a hub name, one file or shards."""
+    """A plain Qwen1.5, Qwen2 or Llama checkpoint: a folder or a hub name, one file or shards."""
     folder = find(path_or_hub_name)
     config = layouts.qwen_config(read_json(folder / "config.json"), folder / "config.json")
     with torch.device("meta"):

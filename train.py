@@ -86,15 +86,9 @@ class Step(nn.Module):
             words = vocabularies.shared_words(*zip(*pair))
             self.words = distill.SharedWords(*(ids.to(student.device) for ids in words))
         self.student_layers, self.teacher_layers = [], []  # whose attention a loss may read
-        stages = method.weights.values()
-        if teacher is not None and any(terms.keys() - rivals.OUTPUT_LOSSES for terms in stages):
+        if teacher is not None and weights.keys() - rivals.OUTPUT_LOSSES:
             depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
-            try:
-                layers = distill.aligned_layers(method, *depths)
-            except ValueError as error:  # in stage 1 already, before work that stage 2 could not go on with
-                raise BadInput(str(error)) from None
-            if weights.keys() - rivals.OUTPUT_LOSSES:
-                self.student_layers, self.teacher_layers = layers
+            self.student_layers, self.teacher_layers = distill.aligned_layers(method, *depths)
 
     def forward(self, batch: dict, totals: dict[str, Tensor]) -> tuple[Tensor, dict[str, Term]]:
         """batch: data.collate's; totals: rivals.loss_counts, added up over the global batch."""

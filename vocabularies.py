@@ -38,7 +38,7 @@ BYTE = re.compile("<0x[0-9A-F]{2}>$")  # a word that is one byte, of tokenizers 
 
 
 def covered_bytes(text: str, encoding: Encoding) -> list[tuple[int, int]]:
-    """The bytes that each token covers, without gaps between them.
+    """The bytes that each token covers, without gaps, from the first token to the end of the text.
 
     The library has characters: all of one that several tokens are bytes of, and not those that a tokenizer
     trims or normalises away. A space that was trimmed goes to the token after it, an accent that was composed
@@ -52,6 +52,8 @@ def covered_bytes(text: str, encoding: Encoding) -> list[tuple[int, int]]:
             start = end
         characters.append((start, stop))
         end = max(end, stop)
+    if characters:
+        characters[-1] = (characters[-1][0], len(text))
     byte = np.cumsum([0, *(len(letter.encode()) for letter in text)]).tolist()  # where each character begins
     covered, end = [], 0
     following = [start for start, _ in characters[1:]] + [len(text)]
@@ -157,23 +159,24 @@ def check_spelling(tokenizer: Tokenizer) -> None:
         some = [tokenizer.id_to_token(i) for i in ids[:4]]
         raise BadInput(
             f"one of their tokenizers does not spell {SAMPLE!r} as it is ({some} ...), so that words cannot "
-            "be compared; choose models with byte-level tokenizers, as Qwen and Llama 3 have"
+            "be compared; choose models with byte-level tokenizers, as Qwen1.5 and SmolLM2 have"
         )
 
 
 def shared_words(tokenizers: tuple[Tokenizer, Tokenizer], sizes: tuple[int, int]) -> SharedWords:
     """The words that both vocabularies have, by their ids in the student's and in the teacher's.
 
-    sizes: of the two output matrices. Rows that are no word in either are the same padding. BadInput: there
-    is no such word.
+    sizes: of the two output matrices. Rows that are no word in either are the same padding; what the larger
+    one has of it beyond the smaller one's size is in neither list. BadInput: there is no such word.
     """
     ours, theirs = (spelling(tokenizer) for tokenizer in tokenizers)
     pairs = [(i, theirs[word]) for word, i in ours.items() if word in theirs]
     special = tokenizers[0].get_added_tokens_decoder()
     if all(i in special for i, _ in pairs):
         raise BadInput("their tokenizers have no word in common: there are no answers that could be compared")
-    known = {i for tokenizer in tokenizers for i in tokenizer.get_vocab().values()}
-    pairs += [(i, i) for i in range(min(sizes)) if i not in known]
+    known = [{*tokenizer.get_vocab().values()} for tokenizer in tokenizers]
+    pairs += [(i, i) for i in sorted({*range(min(sizes))} - known[0] - known[1])]
     ids = torch.tensor(sorted(pairs)).view(-1, 2).unbind(1)
-    rest = [sorted({*range(size)} - {*own.tolist()}) for size, own in zip(sizes, ids)]
+    ends = [max(min(sizes), 1 + max(own)) for own in known]
+    rest = [sorted({*range(end)} - {*own.tolist()}) for end, own in zip(ends, ids)]
     return SharedWords(*ids, *(torch.tensor(i, dtype=torch.long) for i in rest))

@@ -657,7 +657,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
         "--layers",
         choices=[*DEPTH_RANGES, "released"],
         default="intermediate",
-        help="that are aligned, as in training (default: %(default)s)",
+        help="that are aligned, by name (default: %(default)s)",
     )
     add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")
     add("--limit", default=300, help="items per kind, at most (default: %(default)s)", **whole)

@@ -1,6 +1,7 @@
 """evals/layers.py: which layers need their visual attention. Shapes: T tokens, P visual tokens."""
 
 import json
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -95,11 +96,28 @@ def test_a_layer_that_is_needed_is_found(teacher, world):
     assert one.endswith(f"2-4, hold {held:.0f} %")
 
 
+@pytest.mark.parametrize("depth, papers", [(4, [2]), (6, [2, 3, 4]), (8, [3, 4, 5]), (12, [4, 5, 6, 7, 8])])
+def test_the_window_beside_the_papers(depth, papers):
+    """All is lost in the last layer of 30 to 70 % and, half as much, in the one after: 2/3 in the former, and
+    both are needed for 80 %."""
+    losses = {papers[-1]: 20.0, papers[-1] + 1: 10.0}
+    rows = [
+        dict(model="m", items="x", layer=i, layers=depth, loss=losses.get(i, 0.1), low=losses.get(i, -1))
+        for i in range(depth)
+    ]
+    (said,) = suggestions([row | {"accuracy": 99.0} for row in rows])
+    assert said == (
+        f"m, x (99.0 %): layers {papers[-1]}-{papers[-1] + 1} hold 80% of what is lost; those at 30 to 70 % "
+        f"of the depth, {papers[0]}-{papers[-1]}, hold 67 %"
+    )
+
+
 def test_analyse_layers(world, tmp_path, capsys):
     argv = ["analyse", "layers", "--world", str(world), "--limit", "3", "--out", str(tmp_path / "l")]
     evaluation.main([*argv, "--model", str(TINY / "teacher"), str(TINY / "kd")])
     rows = json.loads((tmp_path / "l/layers.json").read_text())
     assert len(rows) == 2 * (6 + 5)
+    assert (tmp_path / "l/layers.png").exists() == bool(find_spec("matplotlib"))
     assert capsys.readouterr().out.count("teacher, ") == 2
     for bad, named in (
         (argv[:-1] + [str(tmp_path / "m")], "--model"),

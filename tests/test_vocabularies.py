@@ -35,6 +35,8 @@ TEXTS = [
     "What colour is the red circle?",
     " naïve café, e\u0301clair ﬁn",
     "日本語の文。 Привет  мир\n\n x",
+    "Du cafe\u0301",
+    unicodedata.normalize("NFD", "빨강 한국"),
     "👩‍🚀 ok\t...  ",
 ]
 
@@ -83,7 +85,7 @@ def turns(question, answer):
 @pytest.mark.parametrize("text", TEXTS)
 def test_every_byte_is_covered_by_its_token(tokenizer, text, template):
     """From left to right without a gap, by bytes; a token covers the bytes that it is made of, a visual token
-    and the end of the text one each."""
+    and the end of the text one each. Of a text that a normaliser composes some cover more than that."""
     conversation = turns("Look:", text)
     ids, _ = data.encode(conversation, tokenizer, 3, template)
     spans = data.spans(conversation, tokenizer, 3, template)
@@ -93,14 +95,14 @@ def test_every_byte_is_covered_by_its_token(tokenizer, text, template):
         "###" if is_image else "$" if piece is data.END_OF_TEXT else piece for piece, is_image in written
     )
     whole, end, spelled = whole.encode(), 0, {i: word for word, i in vocabularies.spelling(tokenizer).items()}
-    for i, (start, stop) in zip(ids, spans.tolist()):
-        assert start == end < stop
+    said = [
+        b"#" if i == data.IMAGE_TOKEN else spelled[i].replace(data.END_OF_TEXT.encode(), b"$") for i in ids
+    ]
+    composed = b"".join(said) != whole
+    assert not composed or b"".join(said) == unicodedata.normalize("NFC", whole.decode()).encode()
+    for word, (start, stop) in zip(said, spans.tolist()):
+        assert start == end < stop and (composed or word == whole[start:stop])
         end = stop
-        said = b"#" if i == data.IMAGE_TOKEN else spelled[i]
-        said = b"$" if said == data.END_OF_TEXT.encode() else said
-        covered = whole[start:stop]
-        if said != covered:  # composed by a normaliser
-            assert said == unicodedata.normalize("NFC", covered.decode()).encode()
     assert end == len(whole)
 
 
@@ -148,6 +150,26 @@ def test_answers_are_compared_where_both_begin_a_token():
     assert found["covered"].all()
 
 
+@pytest.mark.parametrize("answer", [TEXTS[0], "l'été à Ångström", TEXTS[2], "بيت أحمر, 👩‍🚀 ok"])
+def test_answers_of_two_real_tokenizers(tokenizer, tiny, answer):
+    """L_KL stands at as many tokens as begin in both, by the bytes of words, and at the end of the text."""
+
+    def begins(which):
+        spelled = {i: word for word, i in vocabularies.spelling(which).items()}
+        ids = which.encode(" " + answer, add_special_tokens=False).ids
+        return {sum(len(spelled[i]) for i in ids[:n]) for n in range(len(ids))}
+
+    batches = []
+    for which in (tiny, tokenizer):
+        ids, labels = data.encode(turns("Look:", answer), which, 3)
+        spans = data.spans(turns("Look:", answer), which, 3)
+        batches.append({"labels": torch.tensor([labels]), "spans": spans[None]})
+    found = vocabularies.match_tokens(*batches)
+    same = begins(tiny) & begins(tokenizer)
+    assert (found["kl_labels"] != IGNORE).sum() == len(same) + 1
+    assert found["covered"].all() and vocabularies.match_tokens(*reversed(batches))["covered"].all()
+
+
 def test_tokens_of_which_nothing_is_left():
     """Both have an empty token at 4, before the answer's [4,6): it is the last of those that end there after
     which the answer begins, and the empty one is no answer that is compared."""
@@ -193,7 +215,7 @@ def test_words_are_known_by_their_spelling():
     )
     words = vocabularies.shared_words((ours, theirs), (8, 7))
     assert dict(zip(words.student.tolist(), words.teacher.tolist())) == {0: 1, 1: 2, 2: 3, 5: 4, 6: 6}
-    assert words.student_rest.tolist() == [3, 4, 7] and words.teacher_rest.tolist() == [0, 5]
+    assert words.student_rest.tolist() == [3, 4] and words.teacher_rest.tolist() == [0, 5]  # 7: padding
 
 
 def test_the_same_tokenizer_shares_every_row(tokenizer):
@@ -271,10 +293,26 @@ def test_the_shared_divergence_of_one_vocabulary_is_the_plain_one():
     torch.testing.assert_close(shared_kl_divergence(s, t, words), distill.kl_divergence(s, t))
 
 
+@pytest.mark.parametrize("sizes", [(478, 542), (542, 478), (488, 542)])
+def test_one_vocabulary_padded_in_two_ways(tiny, sizes):
+    """Output matrices of other sizes: as with --tokenizers same, the smaller one counts."""
+    assert tiny.get_vocab_size() == 478
+    words = vocabularies.shared_words((tiny, tiny), sizes)
+    s, t = (torch.randn(3, size) for size in sizes)
+    torch.testing.assert_close(shared_kl_divergence(s, t, words), distill.kl_divergence(s, t))
+    (ours, gradient), (plain, expected) = (
+        lean.shared_kl_with_gradient(words, s, t),
+        lean.kl_with_gradient(s, t),
+    )
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(gradient, expected)
+
+
 @pytest.mark.parametrize(
     "words, sizes",
     [
         (WORDS, (6, 4)),
+        (WORDS, (9, 5)),
         (SharedWords(*map(torch.tensor, ([0, 1], [2, 0], [2], [1, 3]))), (3, 4)),
         (
             SharedWords(
@@ -289,7 +327,7 @@ def test_the_shared_divergence_of_one_vocabulary_is_the_plain_one():
             (3, 2),
         ),
     ],
-    ids=["both have others", "both", "the teacher alone", "the student alone"],
+    ids=["both have others", "padding", "both", "the teacher alone", "the student alone"],
 )
 def test_the_gradient_that_is_written_out(words, sizes):
     s, t = (torch.randn(5, size) for size in sizes)
@@ -298,7 +336,8 @@ def test_the_gradient_that_is_written_out(words, sizes):
     (expected,) = torch.autograd.grad(value, s)
     kl, gradient = lean.shared_kl_with_gradient(words, s.detach(), t)
     torch.testing.assert_close(kl, value.detach())
-    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(gradient, expected[:, : gradient.shape[1]])
+    assert not expected[:, gradient.shape[1] :].any()  # padding
 
 
 # ---------------------------------------------------------------- a step
@@ -504,6 +543,14 @@ def test_all_stages_with_another_tokenizer(world, other_lm, tmp_path):
     train.main([*argv(world, tmp_path / "parts", 2, other_lm), *start])
     one, two = (model.load(tmp_path / name / "x/stage2").state_dict() for name in ("whole", "parts"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_attention_alone_with_another_tokenizer(world, other_lm, tmp_path):
+    """--kl-weight 0: in stage 1 the teacher gives its adapter alone, and reads other tokens all the same."""
+    for stage in (1, 2):
+        train.main(argv(world, tmp_path, stage, other_lm, "--kl-weight", 0))
+    rows = [json.loads(line) for line in (tmp_path / "x/stage2.jsonl").read_text().splitlines()]
+    assert all(row["adl"] > 0 and "kl" not in row for row in rows)
 
 
 def test_other_tokenizers_are_refused_without_the_flag(world, other_lm, teacher, tmp_path):

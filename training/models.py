@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import data
+import distill
 import model
 import moe
 import rivals
@@ -39,7 +40,11 @@ def load_models(c: Config, device: str) -> tuple[VLM, VLM | None]:
     if teacher is not None:
         try:
             check_pair(student, teacher, c.method.taf, c.tokenizers)
-        except BadInput as error:
+            if any(terms.keys() - rivals.OUTPUT_LOSSES for terms in c.method.weights.values()):
+                # of a later stage, too: before work that it could not go on with
+                depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
+                distill.aligned_layers(c.method, *depths)
+        except ValueError as error:
             raise BadInput(f"student {start}, teacher {c.teacher}: {error}") from None
         student.vision = teacher.vision  # one copy in memory, and Step runs it once for both
         if c.method.taf:

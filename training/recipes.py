@@ -171,8 +171,8 @@ def configure(stage: str, args: argparse.Namespace, ranks: int) -> Config:
         "vision": (args.vision or str(TINY / "vision")) if stage in ("0a", "1") and not taught else None,
         "global_batch": product,
         "lora_dropout": values["lora_dropout"] or 0.0,
-        "freeze_layers": args.freeze_layers if distils(stage, args.method) else None,
-        "tokenizers": args.tokenizers if distils(stage, args.method) else "same",
+        "freeze_layers": args.freeze_layers if taught else None,
+        "tokenizers": args.tokenizers if taught else "same",
         "gradient_checkpointing": bool(values["gradient_checkpointing"]),
     }
     return Config(**{field.name: values[field.name] for field in fields(Config)})
@@ -376,7 +376,7 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     add("--tune", choices=["full", "lora"], help="the whole language model, or LoRA (low-rank "
         "adaptation) on its linear layers")
     add("--freeze-layers", type=numbers, metavar="LAYERS", help="layers of the student's language model that "
-        "stay as they were, by number, in the stages that distil")
+        "stay as they were (in bf16 rounded to it), by number, in the stages that distil")
     add("--lora-rank", type=number(int, 1, 1e4), default=128, help="(default: %(default)s)")
     add("--lora-alpha", type=positive, default=256.0, help="(default: %(default)s)")
     add("--lora-dropout", type=fraction, help="(default: 0; recipe paper: 0.05 in stages 0b and 3)")
@@ -510,8 +510,8 @@ def check_variant(args: argparse.Namespace, method: Method, parser: argparse.Arg
             )
         if args.recipe == "paper" and method.rows != "text":
             parser.error(
-                "--vat-heads matched keeps a map for every head: with --vat-queries "
-                f"{method.rows} some 1.1 GB a sample at the real sizes; give --vat-queries text (0.13 GB)"
+                "--vat-heads matched keeps maps of every head: with --vat-queries "
+                f"{method.rows} some 1.8 GB a sample at the real sizes; give --vat-queries text (0.22 GB)"
             )
     if args.tokenizers == "aligned" and (args.method in RIVALS or not method.kl_shifted):
         parser.error(f"--tokenizers aligned: the losses of {args.method} need one vocabulary")
