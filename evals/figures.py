@@ -22,13 +22,15 @@ STYLES = {
     "compodistill": ("#009E73", "D"),
     "compodistill-rows": ("#D55E00", "v"),
 }
-OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"), ("#F0E442", "*"))
+OTHERS = (("#0072B2", "P"), ("#CC79A7", "X"))
+LAST = ("#F0E442", "*")  # yellow, the faintest
 
 
 def styles(names: list[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each model."""
+    """A colour and a marker for each model: of eight none has another's."""
     new = [name for name in names if name not in STYLES]
-    return STYLES | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(new)}
+    free = [*OTHERS, *(style for name, style in STYLES.items() if name not in names), LAST]
+    return STYLES | {name: free[i % len(free)] for i, name in enumerate(new)}
 
 
 def draw(file: Path, panels: Callable, size: tuple[float, float], title: str, rows: list[dict]) -> bool:

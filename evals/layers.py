@@ -144,7 +144,7 @@ def suggestions(rows: list[dict]) -> list[str]:
         whole = np.maximum(losses, 0)
         held = 100 * whole[papers].sum() / whole.sum()
         run = f"layer {first} of 0-{depth - 1} holds" if first == last else f"layers {first}-{last} hold"
-        named = f"{papers[0]}-{papers[-1]}" if papers else "none"
+        named = "-".join(dict.fromkeys((str(papers[0]), str(papers[-1])))) if papers else "none"
         said.append(
             f"{begin}{run} {SHARE:.0%} of what is lost; those at 30 to 70 % of the depth, {named}, "
             f"hold {held:.0f} %"
