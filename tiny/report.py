@@ -4,7 +4,7 @@
 
 Of every row the mean over seeds, and its 95 % interval, Student's t over these seeds: it says how far another
 seed may be, not another set of test items, of which there are 640 a kind. Differences are taken seed by seed.
-With one seed there is no interval; a variant without a line is not in its table.
+Of fewer than three seeds their values stand there; a variant without a line is not in its table.
 """
 
 import argparse
@@ -75,22 +75,24 @@ def seeds_of(lines: Lines, variant: Variant) -> list[int]:
     return sorted(seed for known, seed in lines if known == variant)
 
 
-def interval(values: list[float]) -> tuple[float, float | None]:
-    """Their mean, and half the length of its 95 % interval; None of a single one."""
-    n, mean = len(values), float(np.mean(values))
-    if n == 1:
-        return mean, None
+def interval(values: list[float]) -> tuple[float, float]:
+    """Their mean, and half the length of its 95 % interval."""
+    n = len(values)
     if n - 1 > len(T95):
         raise BadInput(f"{n} seeds are more than the {len(T95) + 1} that intervals are made for")
-    return mean, T95[n - 2] * float(np.std(values, ddof=1)) / sqrt(n)
+    return float(np.mean(values)), T95[n - 2] * float(np.std(values, ddof=1)) / sqrt(n)
 
 
-def said(values: list[float], form: str = ".1f", signed: bool = False) -> str:
-    """ "98.2 ± 1.3"; nothing of no values."""
-    if not values:
-        return ""
+def said(values: list[float], digits: int = 1, signed: bool = False) -> str:
+    """ "98.2 ± 1.3"; of one or two values "97.9, 98.5"."""
+
+    def text(value: float) -> str:
+        return f"{round(value, digits) + 0.0:{'+' * signed}.{digits}f}"  # no -0.0
+
+    if len(values) < 3:
+        return ", ".join(map(text, values))
     mean, half = interval(values)
-    return f"{mean:{'+' * signed}{form}}" + ("" if half is None else f" ± {half:{form}}")
+    return f"{text(mean)} ± {half:.{digits}f}"
 
 
 def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> str:
@@ -114,7 +116,7 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
                 said([line["recognition"] for line in own.values()]),
                 said([line["compositional"] for line in own.values()]),
                 *([f"{means[kind]:.1f}" for kind in kinds] or [f"{means[least]:.1f} ({least})"]),
-                said([line["similarity"] for line in own.values() if "similarity" in line], ".2f"),
+                said([line["similarity"] for line in own.values() if "similarity" in line], 2),
                 "" if name == ours else said(change, signed=True),
             ]
         )
