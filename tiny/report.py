@@ -122,7 +122,12 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
         )
     least = kinds or ("least kind",)
     head = ["", "seeds", "recognition", "compositional", *least, "similarity", f"minus {ours}"]
-    flags = [f"{name}: `{variant.flags}`" for name, variant in rows.items() if seeds_of(lines, variant)]
+    others = {"tiny": "", "other": " --teacher OTHER"}
+    flags = [
+        f"{name}: `{variant.flags}{others[variant.teacher]}`"
+        for name, variant in rows.items()
+        if seeds_of(lines, variant)
+    ]
     return f"{markdown(head, cells)}\n\n{'; '.join(flags)}"
 
 
