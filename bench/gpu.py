@@ -61,7 +61,7 @@ from bench.step import (  # noqa: E402
     qwen,
 )
 from support.errors import BadInput  # noqa: E402
-from support.program import number, one_sentence, parse  # noqa: E402
+from support.program import commit, number, one_sentence, parse  # noqa: E402
 from support.world import make_world  # noqa: E402
 from training.log import append  # noqa: E402
 
@@ -363,15 +363,6 @@ def side_by_side(names: list[str], o: argparse.Namespace, folder: str) -> None:
         for process in running.values():
             end(process)
     print(f"{', '.join(names)}: {time.perf_counter() - started:.0f} s", flush=True)
-
-
-def commit() -> str:
-    """Of the code that runs, as far as git knows."""
-    try:
-        git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
 
 
 def end(process: subprocess.Popen) -> None:

@@ -59,6 +59,7 @@ WAYS = {  # of the intervention: whose head-mean maps stand in for visual attent
     "other picture": ("stranger", 0.5),  # a control: where the teacher looks in another picture
 }
 GROUPS, RESAMPLES = 5, 1000
+TEACHER = str(TINY / "teacher")
 
 
 class Question(NamedTuple):
@@ -652,11 +653,11 @@ def add_common_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     add("--out", type=Path, help=f"new folder for figures and numbers (default: {out})")
     add("--runs", type=Path, default=Path("out"), help="of `python -m tiny` (default: %(default)s)")
     add("--students", nargs="+", metavar="NAME=FOLDER", help="other checkpoints than those under --runs")
-    add("--teacher", default=str(TINY / "teacher"), help="default: the tiny one")
+    add("--teacher", default=TEACHER, help="default: the tiny one")
     add(
         "--layers",
         choices=[*DEPTH_RANGES, "released"],
-        default="intermediate",
+        default=PAPER.layers,
         help="that are aligned, by name (default: %(default)s)",
     )
     add("--world", type=Path, help="whose test items, made if not there (default: RUNS/world)")

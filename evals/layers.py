@@ -24,6 +24,8 @@ import distill
 import model
 from evals import figures, scorers
 from evals.analyses import (
+    PAPER,
+    TEACHER,
     Question,
     answered,
     benchmark_questions,
@@ -36,7 +38,7 @@ from evals.analyses import (
 )
 from qwen import probabilities
 from support.errors import BadInput, one_line
-from support.world import TINY, make_world
+from support.world import make_world
 
 SHARE = 0.8  # of all that is lost: what the suggested window is to hold
 
@@ -144,7 +146,7 @@ def suggestions(rows: list[dict]) -> list[str]:
         whole = np.maximum(losses, 0)
         held = 100 * whole[papers].sum() / whole.sum()
         run = f"layer {first} of 0-{depth - 1} holds" if first == last else f"layers {first}-{last} hold"
-        named = "-".join(dict.fromkeys((str(papers[0]), str(papers[-1])))) if papers else "none"
+        named = f"{papers[0]}-{papers[-1]}" if len(papers) > 1 else f"{papers[0]}" if papers else "none"
         said.append(
             f"{begin}{run} {SHARE:.0%} of what is lost; those at 30 to 70 % of the depth, {named}, "
             f"hold {held:.0f} %"
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     """`analyse layers`, as parsed. ValueError (BadInput among them): one sentence for the user."""
     if args.which != ["layers"] or not args.model or args.students or args.image:
         raise BadInput("analyse layers is about single models and goes alone: give them with --model")
-    if args.teacher != str(TINY / "teacher") or args.layers != "intermediate":
+    if args.teacher != TEACHER or args.layers != PAPER.layers:
         raise BadInput("analyse layers looks at each layer of each --model: without --teacher and --layers")
     args.out = args.out or Path("out/layers")
     with output_folder(args.out) as folder:

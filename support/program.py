@@ -4,9 +4,11 @@ import argparse
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
 from support.errors import BadInput, one_line, told
@@ -138,3 +140,12 @@ def one_sentence(
             process.kill()
             process.join()
         signal.signal(signal.SIGCHLD, of_torch)
+
+
+def commit() -> str:
+    """Of the code that runs, as far as git knows."""
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:
+        return "unknown"

@@ -44,8 +44,8 @@ def test_no_two_variants_are_one():
 
 
 def test_steps_are_in_proportion():
-    assert study.steps_of(["--method", "kd"], 8, None) == {"1": 1600, "2": 32000, "3": 800}
-    assert study.steps_of(["--method", "kd"], 2, 40) == {"1": 4, "2": 80, "3": 2}
+    assert study.steps_of("--method kd", None, 8) == {"1": 1600, "2": 32000, "3": 800}
+    assert study.steps_of("--method kd", 40, 2) == {"1": 4, "2": 80, "3": 2}
 
 
 def argv(out, *flags):

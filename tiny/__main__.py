@@ -118,8 +118,16 @@ def main(argv: list[str] | None = None) -> None:
     again = not {"score", "story", "report"} & set(argv[:1])
     with one_sentence("stopped; the same command goes on" if again else "stopped"):
         args = parse_args(argv)
-        run = {"students": train_students, "systems": train_systems, "score": score, "story": story}
-        (run | {"study": study, "report": report, "make": make_tiny})[args.command](args)
+        run = {
+            "students": train_students,
+            "systems": train_systems,
+            "score": score,
+            "story": story,
+            "study": study,
+            "report": report,
+            "make": make_tiny,
+        }
+        run[args.command](args)
 
 
 if __name__ == "__main__":

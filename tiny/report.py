@@ -100,13 +100,14 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
     means of these kinds of caption pairs, or with the least of all.
     """
     ours = next((name for name, variant in rows.items() if variant == Variant(PAPER)), next(iter(rows)))
-    cells = []
+    cells, flags, others = [], [], {"tiny": "", "other": " --teacher OTHER"}
     for name, variant in rows.items():
         own = {seed: lines[variant, seed] for seed in seeds_of(lines, variant)}
-        paired = [seed for seed in own if (rows[ours], seed) in lines]
-        change = [own[seed]["compositional"] - lines[rows[ours], seed]["compositional"] for seed in paired]
         if not own:
             continue
+        paired = [seed for seed in own if (rows[ours], seed) in lines]
+        change = [own[seed]["compositional"] - lines[rows[ours], seed]["compositional"] for seed in paired]
+        flags.append(f"{name}: `{variant.flags}{others[variant.teacher]}`")
         means = {kind: np.mean([line[kind] for line in own.values()]) for kind in COMPOSITION}
         least = min(means, key=means.get)
         cells.append(
@@ -120,14 +121,8 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
                 "" if name == ours else said(change, signed=True),
             ]
         )
-    least = kinds or ("least kind",)
-    head = ["", "seeds", "recognition", "compositional", *least, "similarity", f"minus {ours}"]
-    others = {"tiny": "", "other": " --teacher OTHER"}
-    flags = [
-        f"{name}: `{variant.flags}{others[variant.teacher]}`"
-        for name, variant in rows.items()
-        if seeds_of(lines, variant)
-    ]
+    columns = kinds or ("least kind",)
+    head = ["", "seeds", "recognition", "compositional", *columns, "similarity", f"minus {ours}"]
     return f"{markdown(head, cells)}\n\n{'; '.join(flags)}"
 
 

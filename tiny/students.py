@@ -40,7 +40,7 @@ POINTS, ITEMS = 10, 40  # of the curves: how often a student is scored in stage 
 def train_students(args: argparse.Namespace) -> None:
     """Train and score the students, as many at a time as there are cores; then a table and a picture."""
     refuse_ranks()
-    steps = steps_of("compodistill", args.steps)
+    steps = steps_of("--method compodistill", args.steps)
     check_students(args, dict.fromkeys(STUDENTS, steps))
     if (args.out / "results.json").exists():
         check_same(args, "kd", steps["2"])
@@ -77,18 +77,18 @@ def refuse_ranks() -> None:
         raise BadInput("python -m tiny is no work for torchrun, which train.py --stage is")
 
 
-def configs_of(name: str) -> dict[str, recipes.Config]:
-    """{stage: Config} of a method in its recipe."""
+def configs_of(flags: str) -> dict[str, recipes.Config]:
+    """{stage: Config} of flags of train.py, --method among them, in its recipe."""
     # with a --student nothing is looked for that the stage before has made
-    args = recipes.parse_args("", ["--method", name, "--student", "any"])
+    args = recipes.parse_args("", [*flags.split(), "--student", "any"])
     return {stage: recipes.configure(stage, args, ranks=1) for stage in args.method.weights}
 
 
-def steps_of(name: str, second: int | None) -> dict[str, int]:
-    """{stage: steps} of a method: its recipe's, or in proportion to `second` of CompoDistill's stage 2."""
+def steps_of(flags: str, second: int | None, times: int = 1) -> dict[str, int]:
+    """{stage: steps}: `times` its recipe's, or in proportion to `second` of CompoDistill's stage 2."""
     whole = recipes.RECIPES["tiny"]["2"]["steps"]
-    share = (second or whole) / whole
-    return {stage: max(1, round(share * c.steps)) for stage, c in configs_of(name).items()}
+    share = times * (second or whole) / whole
+    return {stage: max(1, round(share * c.steps)) for stage, c in configs_of(flags).items()}
 
 
 def check_students(args: argparse.Namespace, students: dict[str, dict[str, int]]) -> None:
@@ -103,7 +103,7 @@ def check_same(args: argparse.Namespace, name: str, steps: int, stage: str = "2"
     """BadInput where a stage of a student in --out is of another teacher, seed or number of steps."""
     run = args.out / name / f"stage{stage}.run/run.json"
     before = read_json(run, remedy="; its students have results, but it is lost: choose another --out")
-    teacher = fingerprint(find(args.teacher)) if configs_of(name)[stage].teacher else None
+    teacher = fingerprint(find(args.teacher)) if configs_of(f"--method {name}")[stage].teacher else None
     if before.get("teacher") != teacher:
         raise BadInput(
             f"{args.out} has students of another teacher than {args.teacher}; choose another --out"

@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import json
 import re
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,10 +31,10 @@ from support.files import (
     read_text,
     write_atomically,
 )
-from support.world import COMPOSITION, RECOGNITION, make_pairs
+from support.program import commit
+from support.world import COMPOSITION, RECOGNITION
 from tiny.scores import attention_similarity, tiny_scores
-from tiny.students import POINTS, load_teacher, make_test_world, refuse_ranks, run_jobs
-from training import recipes
+from tiny.students import POINTS, load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
 from training.log import step_of
 
 # Of what a line's figures depend on beside its flags: one more with every change of the code after which a
@@ -163,19 +162,18 @@ def train_missing(args: argparse.Namespace) -> None:
         rows = [variant for variant in rows if variant.teacher == "tiny"]
     lines, jobs, todo = read_lines(file, prints), {}, {}
     for variant in dict.fromkeys(rows):
+        steps = steps_of(variant.flags, args.steps, variant.times)
         for seed in args.seeds:
             name = run_name(variant, seed)
             argv = [*variant.flags.split(), "--seed", str(seed), "--name", name, f"--out={args.out}"]
             argv.append(f"--teacher={teachers[variant.teacher]}")
-            steps, done = steps_of(argv, variant.times, args.steps), lines.get((variant, seed))
+            done = lines.get((variant, seed))
             if not done:
                 jobs[name], todo[name] = (argv, steps, POINTS * (variant.times > 1)), (variant, seed)
             elif done.get("steps") != steps:
                 raise BadInput(
                     f"{file} has {name} with steps {done.get('steps')}, not {steps}; choose another --out"
                 )
-            if "4" in steps:
-                make_pairs(world, "tune")
     print(f"{len(dict.fromkeys(rows)) * len(args.seeds)} trainings, of which {len(jobs)} are to come")
     for name in run_jobs(args.out, jobs, study_scores) if jobs else ():
         variant, seed = todo[name]
@@ -191,14 +189,6 @@ def run_name(variant: Variant, seed: int) -> str:
     """The folder of a training."""
     words = re.sub("[^a-z0-9.,]+", "-", variant.flags.removeprefix("--method "))
     return f"{words}{f'-x{variant.times}' * (variant.times > 1)}-{seed}"
-
-
-def steps_of(argv: list[str], times: int, second: int | None) -> dict[str, int]:
-    """{stage: steps}: `times` the recipe's, or in proportion to `second` of stage 2."""
-    args = recipes.parse_args("", [*argv, "--student", "any"])  # then nothing is looked for
-    steps = {stage: recipes.configure(stage, args, ranks=1).steps for stage in args.method.weights}
-    share = times * (second or steps["2"]) / steps["2"]
-    return {stage: max(1, round(share * number)) for stage, number in steps.items()}
 
 
 def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
@@ -244,15 +234,6 @@ def world_print(world: Path) -> str:
         with open(file, "rb") as handle:
             whole.update(f"{file.relative_to(world)} {digest(handle)}".encode())
     return whole.hexdigest()[:16]
-
-
-def commit() -> str:
-    """Of the code, with a + where files differ from it; "" where there is no git."""
-    try:
-        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 # ---------------------------------------------------------------- lines

@@ -44,7 +44,7 @@ SYSTEMS = {
 def train_systems(args: argparse.Namespace) -> None:
     """Train and score all systems, as many at a time as there are cores; then the table."""
     refuse_ranks()
-    steps = {name: steps_of(name, args.steps) for name in SYSTEMS}
+    steps = {name: steps_of(f"--method {name}", args.steps) for name in SYSTEMS}
     check_students(args, steps)
     results = args.out / "systems.json"
     if results.exists():
@@ -74,7 +74,7 @@ def train_systems(args: argparse.Namespace) -> None:
 
 def step_ms(out: Path, name: str, steps: dict[str, int]) -> float:
     """Milliseconds of a step after stage 1, beside the other students: of each stage the median logged."""
-    configs, total = configs_of(name), 0.0
+    configs, total = configs_of(f"--method {name}"), 0.0
     for stage in list(steps)[1:]:
         log = out / name / f"stage{stage}.jsonl"
         lines = read_text(log).splitlines() if log.exists() else []
