@@ -161,6 +161,45 @@ def loss_panels(figure, rows: list[dict]) -> None:
         axes.set_ylabel("accuracy that is lost, points")
 
 
+def study_panels(figure, rows: list[dict]) -> None:
+    """Rows of `python -m tiny study`: the systems, seed by seed; attention and accuracy of all."""
+    systems, chain = figure.subplots(1, 2, sharey=True)
+    names = list(dict.fromkeys(row["student"] for row in rows))
+    places = list(dict.fromkeys(row["row"] for row in rows if row["row"]))
+    for name in names:
+        colour, marker = styles(names)[name]
+        own = [row for row in rows if row["student"] == name]
+        of_table = [row for row in own if row["row"]]
+        how = dict(color=colour, marker=marker, s=26, alpha=0.75, label=name)
+        systems.scatter(
+            [places.index(row["row"]) for row in of_table], [row["compositional"] for row in of_table], **how
+        )
+        own = [row for row in own if "similarity" in row]
+        chain.scatter([row["similarity"] for row in own], [row["compositional"] for row in own], **how)
+    for axes in (systems, chain):
+        axes.axhline(50, color="#555555", ls=":", lw=1.2, label="chance on caption pairs")
+    labels = [place.replace(", ", ",\n") for place in places]
+    systems.set_xticks(range(len(places)), labels, rotation=30, ha="right")
+    systems.set_ylabel("compositional, % right")
+    systems.set_title("the systems, a mark for each seed", fontsize=10)
+    chain.set_xlabel("cosine of student and teacher attention over the picture")
+    chain.set_title("all variants, a mark for each student", fontsize=10)
+
+
+def budget_panels(figure, rows: list[dict]) -> None:
+    """Scores against the steps of stage 2, a line for each training."""
+    names = list(dict.fromkeys(row["student"] for row in rows))
+    for axes, score in zip(figure.subplots(1, 2, sharey=True), ("recognition", "compositional")):
+        for name in names:
+            colour, marker = styles(names)[name]
+            own = [row for row in rows if row["student"] == name]
+            for seed in dict.fromkeys(row["seed"] for row in own):
+                line = sorted((row["step"], row[score]) for row in own if row["seed"] == seed)
+                axes.plot(*zip(*line), color=colour, marker=marker, ms=4, lw=1.2, alpha=0.8, label=name)
+        axes.set_title(f"{score}, % right", fontsize=10)
+        axes.set_xlabel("step of stage 2")
+
+
 FIGURES = {  # name -> panels, inches, title
     "attention": (attention_panels, (9, 7), "Where the answering position looks"),
     "similarity": (similarity_panels, (9, 7), "Attention of student and teacher: cosine over text rows"),

@@ -1,6 +1,7 @@
 """tiny/report.py: means, intervals and paired differences by hand; what it writes, and where."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from support.errors import BadInput
 from tiny import report, study
 from tiny.__main__ import main
-from tiny.study import KD, PAPER, TABLES, Variant
+from tiny.study import KD, PAPER, SFT, TABLES, Variant
 
 
 def line(flags, seed, compositional, **more):
@@ -53,17 +54,19 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert ours == "| VAT and TAF | 2 | 90.0, 90.0 | 99.0, 80.0 | 89.5 (swap_obj) | 0.50, 0.50 |  |"
 
 
-def test_what_stands_between_the_marks_is_written_anew(tmp_path, capsys):
-    """Tables of one row are left out; what stands before and after stays; twice is the same."""
+PLACES = "<!-- python -m tiny report: {0} -->{1}<!-- end of {0} -->"
+
+
+def test_places_are_written_anew(tmp_path, capsys):
+    """Tables of one row are left out; what stands around the places stays; twice is the same."""
     file = tmp_path / "RESULTS.md"
-    file.write_text(f"# Before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    file.write_text(f"# Before\n{PLACES.format('claims', 'old')}\n{PLACES.format('tables', '')}\nafter\n")
     lines = write(tmp_path / "lines.jsonl", [line(KD, 0, 40.0), line(PAPER, 0, 99.0)])
     argv = ["report", "--lines", str(lines), "--into", str(file)]
     main(argv)
     text = file.read_text()
-    assert text.startswith(f"# Before\n{report.BEGIN}\n\n### ") and text.endswith(
-        f"\n\n{report.END}\nafter\n"
-    )
+    assert text.startswith("# Before\n<!-- python -m tiny report: claims -->\n\n| ")
+    assert text.endswith("\n\n<!-- end of tables -->\nafter\n")
     assert "old" not in text and "### VAT and TAF" in text and "-59.0" in text
     assert "--layers" not in text and "### The weight" not in text
     main(argv)
@@ -73,18 +76,86 @@ def test_what_stands_between_the_marks_is_written_anew(tmp_path, capsys):
         main(["report", "--lines", str(lines), str(lines), "--into", str(file)])
     with pytest.raises(SystemExit, match="none.jsonl is not there; python -m tiny study writes"):
         main(["report", "--lines", str(tmp_path / "none.jsonl"), "--into", str(file)])
-    file.write_text(f"{report.END}{report.BEGIN}")
-    with pytest.raises(SystemExit, match="must stand there once each, in this order"):
-        main(argv)
+    for bad, said in {
+        "no place": "RESULTS.md: <!-- python -m tiny report: NAME --> and after it .* must stand there",
+        PLACES.format("tables", "")[:-3]: "must stand there",
+        PLACES.format("tables", "") + "<!-- python -m tiny report: claims -->": "must stand there",
+        PLACES.format("figures", ""): "figures is no part of the report, which are headline, questions",
+    }.items():
+        file.write_text(bad)
+        with pytest.raises(SystemExit, match=said):
+            main(argv)
+        assert file.read_text() == bad
+
+
+def test_a_claim_holds_where_its_interval_says_so(tmp_path):
+    """By hand: the differences 10, 11, 12 are 11 +- 2.5; -10, 0, 10 are 0 +- 24.8."""
+    better, worse = TABLES["matching"]["group"], TABLES["matching"]["simple"]
+    for other, said in {
+        (40.0, 39.0, 38.0): "| +1.1 | +11.0 ± 2.5 | 3 | holds |",
+        (60.0, 61.0, 62.0): "| +1.1 | -11.0 ± 2.5 | 3 | the opposite |",
+        (60.0, 50.0, 40.0): "| +1.1 | +0.0 ± 24.8 | 3 | not told apart |",
+    }.items():
+        lines = [line(better.flags, seed, 50.0) for seed in range(3)]
+        lines += [line(worse.flags, seed, score) for seed, score in enumerate(other)]
+        read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
+        assert report.claims(read).splitlines()[-1] == f"| matching | group over simple {said}"
+
+
+def test_the_headline_has_the_teacher_and_the_best_rates(tmp_path):
+    """In this order, and each row once; the teacher is one model, and is compared with nothing."""
+    best = TABLES["rates"]["SFT, 1.5e-3"].flags
+    lines = [line(best, 0, 60.0), line(PAPER, 0, 99.0), line(SFT, 0, 50.0)]
+    teacher = line(study.TEACHER, 0, 98.0)
+    del teacher["similarity"], teacher["forced"]
+    rows = report.headline(study.read_lines(write(tmp_path / "lines.jsonl", [*lines, teacher]))).splitlines()
+    assert [row.split(" | ")[0] for row in rows[2:]] == [
+        "| teacher",
+        "| SFT",
+        "| SFT, 1.5e-3",
+        "| CompoDistill",
+    ]
+    assert rows[2] == "| teacher |  | 90.0 | 98.0 | 98.0 (swap_obj) |  |  |"
+    assert rows[4].endswith("| -39.0 |")
+    names = [name for name, *_ in (row.split(" | ") for row in rows)]
+    assert len(names) == len(set(names))
 
 
 def test_a_curve_of_a_long_training(tmp_path):
-    points = {str(step): {"recognition": step / 100, "compositional": 50} for step in (400, 1200, 800)}
-    lines = [line(KD, 0, 70.0, times=8, curve=points), line(PAPER, 0, 70.0, times=8, curve=points)]
+    """Of 40 points a tenth stands in the table, and the last one among them."""
+    points = {str(step): {"recognition": step / 100, "compositional": 50} for step in range(100, 4001, 100)}
+    rows = list(TABLES["budget"].values())[:2]
+    lines = [line(row.flags, 0, 70.0, times=8, curve=points) for row in rows]
     read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
     text = report.tables(read).splitlines()
-    assert text[2] == "| steps | seed | 400 | 800 | 1,200 | end, all items |"
-    assert text[4] == "| KD | 0 | 4 / 50 | 8 / 50 | 12 / 50 | 90.0 / 70.0 |"
+    steps = [f"{step:,}" for step in range(400, 4001, 400)]
+    assert text[2] == f"| steps | seed | {' | '.join(steps)} | end, all items |"
+    assert text[4].startswith("| SFT | 0 | 4 / 50 | 8 / 50 | 12 / 50 |")
+    assert text[4].endswith("| 40 / 50 | 90.0 / 70.0 |")
+
+
+def test_figures(tmp_path):
+    """Drawn beside the Markdown file from real lines, and again over themselves; a mark for each student."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    from evals import figures
+
+    points = {str(step): {"recognition": step / 2, "compositional": 50} for step in (100, 200)}
+    lines = [line(KD, 0, 40.0), line(KD, 1, 44.0), line(PAPER, 0, 99.0)]
+    lines += [line(f"{PAPER} --vat-weight 3", 0, 98.0)]
+    lines += [line(TABLES["budget"]["KD"].flags, 0, 70.0, times=8, curve=points)]
+    read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
+    for _ in range(2):
+        report.draw_figures(tmp_path, read)
+    assert {file.name for file in tmp_path.glob("*.png")} == {"study.png", "budget.png"}
+    figure, (students, budget) = Figure(), report.figure_rows(read)
+    figures.study_panels(figure, students)
+    marks = [sum(len(dots.get_offsets()) for dots in axes.collections) for axes in figure.axes]
+    assert marks == [3, 4] and figure.axes[0].get_xticklabels()[0].get_text() == "KD"
+    figure = Figure()
+    figures.budget_panels(figure, budget)
+    assert [list(axes.lines[0].get_ydata()) for axes in figure.axes] == [[50, 100], [50, 50]]
 
 
 def test_similarity_and_accuracy(tmp_path):
@@ -97,10 +168,20 @@ def test_similarity_and_accuracy(tmp_path):
     ]
     text = report.chain(study.read_lines(write(tmp_path / "lines.jsonl", lines)))[0]
     assert "over 12 students: 0." in text and "variant's mean: -1.00 [-1.00, -1.00]" in text
+    assert "means of their 4 variants: 1.00 [" in text
     assert not report.chain({(Variant(KD), 0): lines[0]})
 
 
-def test_the_report_that_ships_is_of_the_lines_that_ship():
-    text = report.RESULTS.read_text()
-    shipped = text[text.index(report.BEGIN) + len(report.BEGIN) : text.index(report.END)].strip()
-    assert shipped == report.tables(study.read_lines(report.LINES))
+@pytest.mark.parametrize("file", report.INTO, ids=lambda file: file.name)
+def test_the_report_that_ships_is_of_the_lines_that_ship(file):
+    text = file.read_text()
+    assert report.filled(text, study.read_lines(report.LINES), file) == text
+
+
+def test_intervals_in_the_text_are_those_of_the_tables():
+    """Who writes "+38.9 ± 4.2" in the text of RESULTS.md or README.md has it from a table."""
+    generated = "".join(section(study.read_lines(report.LINES)) for section in report.SECTIONS.values())
+    for file in report.INTO:
+        own = report.PLACE.sub("", file.read_text())
+        for number in re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", own):
+            assert number in generated, f"{number} of {file.name}"

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,8 +18,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a program
 
 import train
-from support.world import make_world
-from tiny import study
+from support.world import TINY, make_world
+from tiny import students, study
 from tiny.__main__ import main
 from tiny.study import TABLES, Variant, run_name
 from training import recipes
@@ -36,7 +37,7 @@ def test_no_two_variants_are_one():
     """By what is trained, not by the words; and each has a folder of its own."""
     assert len({run_name(variant, 0) for variant in VARIANTS}) == len(VARIANTS)
     seen = {}
-    for variant in VARIANTS:
+    for variant in filter(lambda variant: variant.trained, VARIANTS):
         args = recipes.parse_args("", [*variant.flags.split(), "--student", "any", "--name", "x"])
         stages = [recipes.configure(stage, args, ranks=1) for stage in args.method.weights]
         whole = str([{**asdict(c), "method": (asdict(c.method), c.weights)} for c in stages])
@@ -95,9 +96,12 @@ def test_what_is_done_is_not_done_again(done, world, tmp_path, monkeypatch, caps
     main(
         ["study", "--out", str(tmp_path), "--only", "systems", "vocabularies", "--steps", "2", "--seeds", "0"]
     )
-    assert "another teacher are left out" in capsys.readouterr().out
-    # the paper's own form stands in both tables
-    assert len(jobs) == 3 + len(TABLES["systems"]) - 1
+    assert "rows of the teachers other are left out" in capsys.readouterr().out
+    # the paper's own form stands in both tables; the teacher is scored, and not trained
+    assert len(jobs) == 3 + len(TABLES["systems"]) - 2
+    assert [line["flags"] for line in lines_of(tmp_path)[3:]] == [study.TEACHER]
+    main(argv(tmp_path, "--only", "systems", "--seeds", 0, 1))
+    assert [line["flags"] for line in lines_of(tmp_path)[3:]] == [study.TEACHER]
 
 
 @pytest.mark.parametrize(
@@ -125,6 +129,71 @@ def test_lines_that_are_damaged_or_foreign(done, world, tmp_path, old, new, said
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         main(argv(tmp_path, "--seeds", 0))
     assert (tmp_path / "results.jsonl").read_text() == text
+
+
+def test_teachers_by_name(done, tmp_path, capsys, monkeypatch):
+    """Rows of a teacher that is not given are left out; one that is given must be one of the tables'."""
+    jobs = {}
+    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored: jobs.update(todo) or [])
+    shutil.copytree(done / "world", tmp_path / "world")
+    words = [*argv(tmp_path), "--only", "vocabularies", "depth", "--seeds", "0"]
+    main([*words, "--teachers", f"layers-8={TINY / 'teacher'}"])
+    said = capsys.readouterr().out
+    assert "rows of the teachers layers-12, layers-4, other are left out" in said
+    rows = [variant for variant in TABLES["depth"].values() if variant.teacher == "layers-8"]
+    assert list(jobs) == [run_name(variant, 0) for variant in rows] and "-of-layers-8-0" in list(jobs)[0]
+    assert all(f"--teacher={TINY / 'teacher'}" in words for words, *_ in jobs.values())
+    for bad in ("layers-9=x", "layers-8", "layers-8="):
+        with pytest.raises(SystemExit):
+            main([*words, "--teachers", bad])
+        assert f"'{bad}' is not NAME=FOLDER with one of layers-12, " in capsys.readouterr().err
+
+
+def test_a_rate_is_of_stage_2_alone(world, tmp_path):
+    """Of the row `SFT, 1.5e-3` stages 1 and 3 have the recipe's rates."""
+    shutil.copytree(world, tmp_path / "world")
+    words = [*TABLES["rates"]["SFT, 1.5e-3"].flags.split(), f"--out={tmp_path}", "--name", "x"]
+    words.append(f"--teacher={TINY / 'teacher'}")
+    jobs = {"x": (words, {"1": 1, "2": 1, "3": 1}, 0)}
+    assert list(students.run_jobs(tmp_path, jobs, study.study_scores)) == ["x"]
+    rates = {
+        log.stem: json.loads(log.read_text().splitlines()[-1])["lr"] for log in tmp_path.glob("x/*.jsonl")
+    }
+    assert rates == {"stage1": 2e-3, "stage2": 1.5e-3, "stage3": 5e-4}
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_goes_on(done, tmp_path):
+    """kill -9 with one training done and others at work: nothing is lost, and the lines are the same."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for out in (whole, killed):
+        shutil.copytree(done / "world", out / "world")
+    words = ["--seeds", 0, "--steps", 120]
+    command = [sys.executable, "-m", "tiny", *argv(killed, *words)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        lines = killed / "results.jsonl"
+        while not lines.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.kill()
+    before = lines.read_text()
+    assert len(before.splitlines()) < 3
+    while True:  # its children end by themselves
+        try:
+            main(argv(killed, *words))
+            break
+        except SystemExit as error:
+            assert "is at work" in str(error)
+            time.sleep(0.5)
+    main(argv(whole, *words))
+    assert lines.read_text().startswith(before)
+
+    def known(out):
+        clocks = {"seconds", "memory_gb"}
+        rows = ({key: line[key] for key in line.keys() - clocks} for line in lines_of(out))
+        return sorted(rows, key=lambda line: line["flags"])
+
+    assert known(killed) == known(whole) and len(known(whole)) == 3
 
 
 def test_one_study_at_a_time(done):
@@ -159,7 +228,7 @@ def test_seconds_of_a_training_that_was_stopped(tmp_path):
 
 
 SHORT = Path(__file__).with_name("study_losses.json")
-TRAINED = [variant for variant in VARIANTS if variant.times == 1 and variant.teacher == "tiny"]
+TRAINED = [v for v in VARIANTS if v.trained and (v.times, v.teacher) == (1, "tiny")]
 
 
 def short_training(variant, world, out):

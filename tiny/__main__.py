@@ -5,7 +5,7 @@
     python -m tiny systems                           # the paper's table: all systems, trained and scored
     python -m tiny story                             # does the paper's argument hold? analyses and a report
     python -m tiny study --out FOLDER                # every variant of the method, with five seeds each
-    python -m tiny report                            # the tables of RESULTS.md, from its lines
+    python -m tiny report                            # its lines as tables in README and RESULTS
     python -m tiny make --out FOLDER                 # the models that ship in tiny/, again from nothing
 
 The main job, `systems`, `study` and `make`, when they were stopped, go on with the same command.
@@ -25,11 +25,11 @@ from support.errors import one_line
 from support.program import number, one_sentence, parse
 from support.world import TINY, make_world
 from tiny.make import make_tiny
-from tiny.report import LINES, RESULTS, report
+from tiny.report import INTO, LINES, report
 from tiny.scores import attention_similarity, table, tiny_scores
 from tiny.story import story
 from tiny.students import train_students
-from tiny.study import TABLES, study
+from tiny.study import OTHERS, TABLES, named_folder, study
 from tiny.systems import train_systems
 
 
@@ -87,11 +87,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--steps", type=whole, help="of stage 2, all else in proportion (default: the recipe's)")
     add("--teacher", default=teacher, help="(default: %(default)s)")
-    add("--other", metavar="TEACHER", help="of another family and tokenizer, as make --other leaves it")
+    add(
+        "--teachers",
+        nargs="+",
+        type=named_folder,
+        default=[],
+        metavar="NAME=FOLDER",
+        help=f"of the rows that have others: {', '.join(OTHERS)} (make --other, make --layers N)",
+    )
 
-    add = commands.add_parser("report", help="the tables of RESULTS.md").add_argument
+    add = commands.add_parser("report", help="what README and RESULTS say of the study").add_argument
     add("--lines", nargs="+", type=Path, default=[LINES], help="files of lines (default: the repository's)")
-    add("--into", type=Path, default=RESULTS, help="Markdown file (default: the repository's RESULTS.md)")
+    add("--into", nargs="+", type=Path, default=INTO, help="Markdown files (default: README, RESULTS)")
 
     add = commands.add_parser("make", help="the models that ship, again from nothing").add_argument
     add("--out", type=Path, required=True, help="folder of all outputs")

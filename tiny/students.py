@@ -173,7 +173,8 @@ def run_jobs(out: Path, jobs: dict[str, tuple], scored: Callable[..., dict]) -> 
     spawn = torch.multiprocessing.get_context("spawn")
     waiting, running = list(jobs), {}
     total = sum(sum(steps.values()) for _, steps, _ in jobs.values())
-    bar = tqdm(total=total, desc=f"{len(jobs)} students", unit="step", dynamic_ncols=True)
+    done = sum(last_step(out / name) for name in jobs)  # before: no part of the rate that the bar goes by
+    bar = tqdm(total=total, initial=done, desc=f"{len(jobs)} students", unit="step", dynamic_ncols=True)
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -205,14 +206,19 @@ def run_jobs(out: Path, jobs: dict[str, tuple], scored: Callable[..., dict]) -> 
 def student_process(
     argv: list[str], steps: dict[str, int], points: int, threads: int, scored: Callable[..., dict]
 ) -> None:
-    """One student: its stages, scored on a few items while it learns, and on all at the end."""
+    """One student: its stages, scored on a few items while it learns, and on all at the end.
+
+    argv: words of train.py; a --lr is stage 2's, where the other stages keep the recipe's.
+    """
     torch.set_num_threads(threads)
     parent = torch.multiprocessing.parent_process().pid  # not getppid(): it may be dead already
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     args = recipes.parse_args("", argv)
     args.quiet, args.val_every = True, max(1, steps["2"] // max(1, points))
+    rate = args.lr
     try:
         for stage, args.steps in steps.items():
+            args.lr = rate if stage == "2" else None
             args.val_data = args.out / "world/val.json" if stage == "2" and points else None
             c = recipes.configure(stage, args, ranks=1)
             for step, student in train.train_steps(c):

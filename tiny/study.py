@@ -3,10 +3,10 @@
     python -m tiny study --out FOLDER                                all tables, seeds 0 to 4: many hours
     python -m tiny study --out FOLDER --only modules --seeds 0 1     one table, two seeds
 
-A table is rows, a row is a variant: flags of train.py. A variant that stands in several tables is trained
-once. Every training that is done is a line of FOLDER/results.jsonl, and is not done again: what was stopped
-goes on, and another FOLDER goes on from a copy of that file. Lines of another METHOD are kept, and count for
-nothing.
+A table is rows, a row is a variant: flags of train.py (a --lr is stage 2's alone), or the teacher itself. A
+variant that stands in several tables is trained once. Every training that is done is a line of
+FOLDER/results.jsonl, and is not done again: what was stopped goes on, and another FOLDER goes on from a copy
+of that file. Lines of another METHOD are kept, and count for nothing.
 """
 
 import argparse
@@ -34,31 +34,39 @@ from support.files import (
 from support.program import commit
 from support.world import COMPOSITION, RECOGNITION
 from tiny.scores import attention_similarity, tiny_scores
-from tiny.students import POINTS, load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
+from tiny.students import load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
 from training.log import step_of
 
 # Of what a line's figures depend on beside its flags: one more with every change of the code after which a
 # training ends with other losses (tests/test_study.py).
 METHOD = 1
+LONG_POINTS = 40  # of the curve of a training with more than the recipe's steps
 FORCED = 150  # caption pairs of a kind, of the intervention
 TERMS = ("lm", "kl", "adl")
+TEACHER = "teacher"  # in the place of flags: it is scored, and nothing is trained
 FIELDS = (("flags", str), ("times", int), ("teacher", str))  # of a Variant
 SCORES = ("recognition", "compositional", *RECOGNITION, *COMPOSITION)
 
 
 class Variant(NamedTuple):
-    flags: str  # of train.py
+    flags: str  # of train.py, or TEACHER
     times: int = 1  # the recipe's steps; more than 1: with a curve
-    teacher: str = "tiny"  # or "other", of make --other
+    teacher: str = "tiny"  # or one of --teachers
+
+    @property
+    def trained(self) -> bool:
+        return self.flags != TEACHER
 
 
 PAPER, ROWS = "--method compodistill", "--method compodistill-rows"
 KD, KD_TAF, SFT = "--method kd", "--method kd --taf", "--method sft"
 ALIGNED = " --tokenizers aligned"
+LAYER_0 = f"{PAPER} --student-layers 0 --teacher-layers 0"
 
 TABLES: dict[str, dict[str, Variant]] = {
     # the paper's
     "systems": {
+        "teacher": Variant(TEACHER),
         "SFT": Variant(SFT),
         "KD": Variant(KD),
         "LLaVA-KD": Variant("--method llava-kd --weights image_kl=0.03"),
@@ -91,6 +99,15 @@ TABLES: dict[str, dict[str, Variant]] = {
         "group": Variant(PAPER),
     },
     # ours
+    "rates": {
+        "SFT": Variant(SFT),
+        "SFT, 1.5e-3": Variant(f"{SFT} --lr 1.5e-3"),
+        "KD": Variant(KD),
+        "KD, 1e-3": Variant(f"{KD} --lr 1e-3"),
+        "KD with TAF": Variant(KD_TAF),
+        "KD with TAF, 1.5e-3": Variant(f"{KD_TAF} --lr 1.5e-3"),
+        "CompoDistill": Variant(PAPER),
+    },
     "rows": {
         "whole map, all rows": Variant(PAPER),
         "whole map, rows of the picture": Variant(f"{PAPER} --vat-queries image"),
@@ -120,6 +137,17 @@ TABLES: dict[str, dict[str, Variant]] = {
         "KD": Variant(KD + ALIGNED, teacher="other"),
         "CompoDistill": Variant(PAPER + ALIGNED, teacher="other"),
     },
+    "depth": {  # what the last window of each has, `eval.py analyse layers` says of its teacher
+        "4 layers: KD": Variant(KD, teacher="layers-4"),
+        "4 layers: 30 to 70 %": Variant(PAPER, teacher="layers-4"),
+        "4 layers: layer 0": Variant(LAYER_0, teacher="layers-4"),
+        "8 layers: KD": Variant(KD, teacher="layers-8"),
+        "8 layers: 30 to 70 %": Variant(PAPER, teacher="layers-8"),
+        "8 layers: layer 6": Variant(f"{PAPER} --student-layers 4 --teacher-layers 6", teacher="layers-8"),
+        "12 layers: KD": Variant(KD, teacher="layers-12"),
+        "12 layers: 30 to 70 %": Variant(PAPER, teacher="layers-12"),
+        "12 layers: layer 0": Variant(LAYER_0, teacher="layers-12"),
+    },
     "freezing": {
         "none": Variant(PAPER),
         "layers 2, 3": Variant(f"{PAPER} --freeze-layers 2,3"),
@@ -132,12 +160,22 @@ TABLES: dict[str, dict[str, Variant]] = {
         "layer 3 alone": Variant(f"{PAPER} --align-layers 3"),
     },
     "budget": {
-        "SFT": Variant(SFT, 8),
-        "KD": Variant(KD, 8),
-        "KD, TAF": Variant(KD_TAF, 8),
-        "CompoDistill": Variant(PAPER, 8),
+        "SFT": Variant(f"{SFT} --lr 5e-4", 8),
+        "KD": Variant(f"{KD} --lr 5e-4", 8),
+        "KD with TAF": Variant(f"{KD_TAF} --lr 1e-3", 8),
+        "CompoDistill": Variant(f"{PAPER} --lr 1e-3", 8),
     },
 }
+# teachers that do not ship
+OTHERS = sorted({variant.teacher for rows in TABLES.values() for variant in rows.values()} - {"tiny"})
+
+
+def named_folder(text: str) -> tuple[str, str]:
+    """ "NAME=FOLDER" of one of OTHERS."""
+    name, _, folder = text.partition("=")
+    if name not in OTHERS or not folder:
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not NAME=FOLDER with one of {', '.join(OTHERS)}")
+    return name, folder
 
 
 def study(args: argparse.Namespace) -> None:
@@ -154,14 +192,22 @@ def train_missing(args: argparse.Namespace) -> None:
     """Train and score what is missing of the tables args.only and the seeds; a line of results.jsonl each."""
     load_teacher(args.teacher)
     world, file = make_test_world(args.out), args.out / "results.jsonl"
-    teachers = {"tiny": args.teacher} | ({"other": args.other} if args.other else {})
+    teachers = {"tiny": args.teacher} | dict(args.teachers)
     prints = {who: fingerprint(find(name)) for who, name in teachers.items()} | {"world": world_print(world)}
-    rows = [variant for name in args.only for variant in TABLES[name].values()]
-    if not args.other and any(variant.teacher == "other" for variant in rows):
-        print("rows of another teacher are left out: python -m tiny make --other makes one, for --other")
-        rows = [variant for variant in rows if variant.teacher == "tiny"]
     lines, jobs, todo = read_lines(file, prints), {}, {}
-    for variant in dict.fromkeys(rows):
+
+    def add_line(variant: Variant, seed: int, steps: dict[str, int], more: dict) -> None:
+        line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": steps, "commit": commit()}
+        line |= {"prints": {who: prints[who] for who in (variant.teacher, "world")}} | more
+        write_atomically(file, (read_text(file) if file.exists() else "") + json.dumps(line) + "\n")
+
+    rows = list(dict.fromkeys(variant for name in args.only for variant in TABLES[name].values()))
+    if missing := {variant.teacher for variant in rows} - teachers.keys():
+        names = ", ".join(sorted(missing))
+        print(f"rows of the teachers {names} are left out: python -m tiny make makes them, for --teachers")
+    rows = [variant for variant in rows if variant.teacher in teachers]
+    trained = [variant for variant in rows if variant.trained]
+    for variant in trained:
         steps = steps_of(variant.flags, args.steps, variant.times)
         for seed in args.seeds:
             name = run_name(variant, seed)
@@ -169,33 +215,33 @@ def train_missing(args: argparse.Namespace) -> None:
             argv.append(f"--teacher={teachers[variant.teacher]}")
             done = lines.get((variant, seed))
             if not done:
-                jobs[name], todo[name] = (argv, steps, POINTS * (variant.times > 1)), (variant, seed)
+                points = LONG_POINTS if variant.times > 1 else 0
+                jobs[name], todo[name] = (argv, steps, points), (variant, seed, steps)
             elif done.get("steps") != steps:
                 raise BadInput(
                     f"{file} has {name} with steps {done.get('steps')}, not {steps}; choose another --out"
                 )
-    print(f"{len(dict.fromkeys(rows)) * len(args.seeds)} trainings, of which {len(jobs)} are to come")
+    for variant in rows:
+        if not variant.trained and (variant, 0) not in lines:
+            add_line(variant, 0, {}, rounded(tiny_scores(model.load(teachers[variant.teacher]), world)))
+    print(f"{len(trained) * len(args.seeds)} trainings, of which {len(jobs)} are to come")
     for name in run_jobs(args.out, jobs, study_scores) if jobs else ():
-        variant, seed = todo[name]
-        line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": jobs[name][1]}
-        line |= {"prints": {who: prints[who] for who in (variant.teacher, "world")}, "commit": commit()}
-        line |= logged(args.out / name) | read_json(args.out / name / "scores.json")
-        before = read_text(file) if file.exists() else ""
-        write_atomically(file, before + json.dumps(line) + "\n")
+        add_line(*todo[name], logged(args.out / name) | read_json(args.out / name / "scores.json"))
     print(f"{one_line(file)}: a line for each training")
 
 
 def run_name(variant: Variant, seed: int) -> str:
     """The folder of a training."""
     words = re.sub("[^a-z0-9.,]+", "-", variant.flags.removeprefix("--method "))
-    return f"{words}{f'-x{variant.times}' * (variant.times > 1)}-{seed}"
+    teacher = f"-of-{variant.teacher}" * (variant.teacher != "tiny")
+    return f"{words}{f'-x{variant.times}' * (variant.times > 1)}{teacher}-{seed}"
 
 
 def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
     """Scores, in %; where both read the same tokens also the similarity of their attention, and the pairs
     that are right with the teacher's attention forced on the student (evals.analyses.WAYS).
     """
-    scores = {name: round(score, 3) for name, score in tiny_scores(student, world).items()}
+    scores = rounded(tiny_scores(student, world))
     if student.require_tokenizer().get_vocab() != teacher.require_tokenizer().get_vocab():
         return scores
     pairs = world_questions(world, FORCED)["compositional"]
@@ -203,6 +249,10 @@ def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
     forced = {way: round(float(pair_hits(x).mean()), 3) for way, x in odds.items()}
     similarity = round(attention_similarity(student, teacher, world), 4)
     return scores | {"similarity": similarity, "forced": forced}
+
+
+def rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: round(score, 3) for name, score in scores.items()}
 
 
 def logged(folder: Path) -> dict:
