@@ -72,6 +72,9 @@ def test_places_are_written_anew(tmp_path, capsys):
     main(argv)
     assert file.read_text() == text
     assert "| KD | 1 | 50.0 | +3.0 | +0.5 | -1.0 |" in text
+    new = tmp_path / "NEW.md"
+    main([*argv[:-1], str(new)])
+    assert new.read_text() == text[text.index("<!-- python -m tiny report: tables") : text.index("after")]
     with pytest.raises(SystemExit, match="seed 0 stands in another file, too"):
         main(["report", "--lines", str(lines), str(lines), "--into", str(file)])
     with pytest.raises(SystemExit, match="none.jsonl is not there; python -m tiny study writes"):

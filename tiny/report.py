@@ -3,10 +3,10 @@
     python -m tiny report --lines results/study.jsonl --into README.md RESULTS.md
 
 In such a file everything between `<!-- python -m tiny report: NAME -->` and `<!-- end of NAME -->` is written
-anew, NAME one of SECTIONS; figures go to assets/ beside it. Of every row the mean over seeds and its 95 %
-interval, Student's t over these seeds: it says how far another seed may be, not another set of test items, of
-which there are 640 a kind. Differences are taken seed by seed. Of fewer than three seeds their values stand
-there; a variant without a line is not in its table.
+anew, NAME one of SECTIONS, and a new file gets the tables; figures go to assets/ beside it. Of every row the
+mean over seeds and its 95 % interval, Student's t over these seeds: it says how far another seed may be, not
+another set of test items, of which there are 640 a kind. Differences are taken seed by seed. Of fewer than
+three seeds their values stand there; a variant without a line is not in its table.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from tiny.study import KD, KD_TAF, PAPER, ROWS, SFT, TABLES, Variant, read_lines
 INTO = [TINY.parent / "README.md", TINY.parent / "RESULTS.md"]
 LINES = TINY.parent / "results/study.jsonl"
 PLACE = re.compile(r"<!-- python -m tiny report: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
+NEW = "<!-- python -m tiny report: tables -->\n<!-- end of tables -->\n"  # of a file that is not there
 # Student's t, two-sided 95 %, of 1, 2, ... degrees of freedom
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 TITLES = {
@@ -86,7 +87,7 @@ def report(args: argparse.Namespace) -> None:
             if run in lines:
                 raise BadInput(f"{file}: {run[0].flags}, seed {run[1]} stands in another file, too")
             lines[run] = line
-    texts = {file: filled(read_text(file), lines, file) for file in args.into}
+    texts = {file: filled(read_text(file) if file.exists() else NEW, lines, file) for file in args.into}
     for file, text in texts.items():
         write_atomically(file, text)
         print(f"{one_line(file)}: what {len(lines)} lines say")
@@ -158,7 +159,7 @@ def tables(lines: Lines) -> str:
         if sum(bool(seeds_of(lines, variant)) for variant in rows.values()) > 1:
             kinds = COMPOSITION if name == "systems" else ()
             text = budget(lines, rows) if name == "budget" else scores(lines, rows, kinds)
-            parts.append(f"### {TITLES[name]}\n\n{text}\n\n{flags_of(lines, rows)}")
+            parts.append(f"### {TITLES.get(name, name)}\n\n{text}\n\n{flags_of(lines, rows)}")
     return "\n\n".join([*parts, *forcing(lines), *chain(lines)])
 
 
