@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ from tiny import report, study
 from tiny.__main__ import main
 from tiny.study import KD, PAPER, SFT, TABLES, Variant
 
+PRINTS = {"tiny": "t", "world": "w"}
+
 
 def line(flags, seed, compositional, **more):
     """A line of `study`: every kind of pair has this score."""
     scores = dict.fromkeys(study.SCORES, compositional) | {"recognition": 90.0}
     forced = {"as it is": 50.0, "mean": 53.0, "full": 52.0, "own mean": 50.5, "other picture": 49.0}
     whole = {"flags": flags, "times": 1, "teacher": "tiny", "seed": seed, "method": study.METHOD}
-    return whole | scores | {"similarity": 0.5, "forced": forced, "prints": {"world": "w"}} | more
+    return whole | scores | {"similarity": 0.5, "forced": forced, "prints": PRINTS} | more
 
 
 def write(file, lines):
@@ -31,14 +34,14 @@ def test_intervals_by_hand():
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5)
     assert report.said([1.0, 2.0, 3.0], signed=True) == "+2.0 ± 2.5"
     assert report.said([7.0]) == "7.0" and report.said([]) == "" and report.said([7.0, -0.01]) == "7.0, 0.0"
-    with pytest.raises(BadInput, match="11 seeds are more than the 10"):
-        report.interval([0.0] * 11)
+    with pytest.raises(BadInput, match="31 seeds are more than the 30"):
+        report.interval([0.0] * 31)
 
 
 def test_the_quantiles_of_t():
     """Of samples of n normal numbers 95 % have an interval that holds the true mean."""
     rng = np.random.default_rng(0)
-    for n in (2, 3, 5, 10):
+    for n in (2, 3, 5, 10, 16, 30):
         samples = rng.standard_normal((40_000, n))
         half = report.T95[n - 2] * samples.std(1, ddof=1) / n**0.5
         assert np.mean(np.abs(samples.mean(1)) < half) == pytest.approx(0.95, abs=0.004)
@@ -50,7 +53,7 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
     head, _, kd, ours = report.scores(read, TABLES["modules"], ()).splitlines()[:4]
     assert head.endswith("| similarity | minus VAT and TAF |")
-    assert kd == "| KD | 2 | 90.0, 90.0 | 40.0, 60.0 | 25.0 (swap_obj) | 0.50, 0.50 | -39.0 |"
+    assert kd == "| KD | 2 | 90.0, 90.0 | 40.0, 60.0 | 25.0 (swap_obj) | 0.50, 0.50 | -39.0 (of 1) |"
     assert ours == "| VAT and TAF | 2 | 90.0, 90.0 | 99.0, 80.0 | 89.5 (swap_obj) | 0.50, 0.50 |  |"
 
 
@@ -108,18 +111,15 @@ def test_a_claim_holds_where_its_interval_says_so(tmp_path):
 def test_the_headline_has_the_teacher_and_the_best_rates(tmp_path):
     """In this order, and each row once; the teacher is one model, and is compared with nothing."""
     best = TABLES["rates"]["SFT, 1.5e-3"].flags
-    lines = [line(best, 0, 60.0), line(PAPER, 0, 99.0), line(SFT, 0, 50.0)]
+    lines = [line(best, 0, 60.0), line(KD, 0, 50.0), line(PAPER, 0, 99.0), line(SFT, 0, 50.0)]
     teacher = line(study.TEACHER, 0, 98.0)
     del teacher["similarity"], teacher["forced"]
     rows = report.headline(study.read_lines(write(tmp_path / "lines.jsonl", [*lines, teacher]))).splitlines()
-    assert [row.split(" | ")[0] for row in rows[2:]] == [
-        "| teacher",
-        "| SFT",
-        "| SFT, 1.5e-3",
-        "| CompoDistill",
-    ]
-    assert rows[2] == "| teacher |  | 90.0 | 98.0 | 98.0 (swap_obj) |  |  |"
+    names = ["| teacher", "| SFT", "| SFT, 1.5e-3", "| KD", "| CompoDistill"]
+    assert [row.split(" | ")[0] for row in rows[2:]] == names
+    assert rows[2] == "| teacher |  | 90.0 | 98.0 | 98.0 |  |  |"
     assert rows[4].endswith("| -39.0 |")
+    assert set(report.HEADLINE) == (TABLES["systems"] | TABLES["rates"]).keys()
     names = [name for name, *_ in (row.split(" | ") for row in rows)]
     assert len(names) == len(set(names))
 
@@ -170,9 +170,20 @@ def test_similarity_and_accuracy(tmp_path):
         for seed in range(3)
     ]
     text = report.chain(study.read_lines(write(tmp_path / "lines.jsonl", lines)))[0]
-    assert "over 12 students: 0." in text and "variant's mean: -1.00 [-1.00, -1.00]" in text
-    assert "means of their 4 variants: 1.00 [" in text
+    assert "over 12 students of 4 variants: 0." in text and "variant's mean: -1.00 (p = 0.00" in text
+    assert "means of the variants: 1.00 [" in text
     assert not report.chain({(Variant(KD), 0): lines[0]})
+
+
+def test_what_is_left_within_variants():
+    """By hand: of one group the ranks are those of its values; of equal groups there is nothing left. p is
+    the share of all orders that are as far from 0: of 3 values in one group 2 of 6."""
+    x, y = np.array([1.0, 2.0, 3.0]), np.array([5.0, 7.0, 6.0])
+    rho, p = report.within(x, y, [np.arange(3)])
+    assert rho == pytest.approx(0.5) and p == 1
+    rho, p = report.within(x, np.array([5.0, 6.0, 7.0]), [np.arange(3)])
+    assert rho == 1 and p == pytest.approx(2 / 6, abs=0.04)
+    assert report.within(x, np.ones(3), [np.arange(3)]) == (0, 1)
 
 
 @pytest.mark.parametrize("file", report.INTO, ids=lambda file: file.name)
@@ -183,8 +194,56 @@ def test_the_report_that_ships_is_of_the_lines_that_ship(file):
 
 def test_intervals_in_the_text_are_those_of_the_tables():
     """Who writes "+38.9 ± 4.2" in the text of RESULTS.md or README.md has it from a table."""
-    generated = "".join(section(study.read_lines(report.LINES)) for section in report.SECTIONS.values())
+    form = r"[+-]?\d+\.\d+ ± \d+\.\d+"
+    lines = study.read_lines(report.LINES)
+    generated = {n for section in report.SECTIONS.values() for n in re.findall(form, section(lines))}
     for file in report.INTO:
-        own = report.PLACE.sub("", file.read_text())
-        for number in re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", own):
-            assert number in generated, f"{number} of {file.name}"
+        own = set(re.findall(form, report.PLACE.sub("", file.read_text())))
+        assert own and own <= generated, file.name
+
+
+def test_lines_of_two_kinds_make_no_report(tmp_path, monkeypatch):
+    """Of two worlds, of two teachers, of two recipes; and of none."""
+    steps = {"1": 200, "2": 4000, "3": 100}
+    first = line(PAPER, 0, 99.0, steps=steps)
+    for other, said in {
+        "made with another world": dict(prints=PRINTS | {"world": "x"}, steps=steps),
+        "made with another teacher": dict(prints=PRINTS | {"tiny": "x"}, steps=steps),
+        "trained for other steps": dict(steps=steps | {"2": 30}),
+    }.items():
+        file = write(tmp_path / "lines.jsonl", [first, line(KD, 3, 40.0, **said)])
+        with pytest.raises(BadInput, match=f"lines.jsonl: --method kd, seed 3 was {other} .*; take it out"):
+            report.lines_of([file])
+    assert len(report.lines_of([write(file, [first, line(KD, 3, 40.0, steps=steps)])])) == 2
+    with pytest.raises(BadInput, match="no line of method 1; python -m tiny study writes"):
+        report.lines_of([write(file, [])])
+
+
+def test_differences_have_a_base_of_the_same_teacher(tmp_path):
+    """And say of how many seeds they are, where these are not the row's."""
+    rows = list(TABLES["depth"].values())
+    prints = PRINTS | {"layers-8": "8", "layers-12": "12"}
+    lines = [
+        line(row.flags, seed, 60.0 + 10 * i, teacher=row.teacher, prints=prints)
+        for i, (row, seeds) in enumerate([(rows[3], [0]), (rows[4], [0, 1]), (rows[7], [0, 1, 2])])
+        for seed in seeds
+    ]
+    text = report.scores(study.read_lines(write(tmp_path / "lines.jsonl", lines)), TABLES["depth"], ())
+    ends = [row.split(" | ")[-1] for row in text.splitlines()]
+    assert ends[0] == "minus the first row of its teacher |"
+    assert ends[2:] == [" |", "+10.0 (of 1) |", " |"]
+
+
+def test_nothing_of_others_is_written_over(tmp_path):
+    """A picture of another's making, a folder that is none: one sentence, and the text is as it was."""
+    file, lines = tmp_path / "NEW.md", write(tmp_path / "lines.jsonl", [line(PAPER, 0, 99.0)])
+    argv = ["report", "--lines", str(lines), "--into", str(file)]
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets/study.png").write_text("mine")
+    with pytest.raises(SystemExit, match="assets/study.png was not written by this program; choose another"):
+        main(argv)
+    shutil.rmtree(tmp_path / "assets")
+    (tmp_path / "assets").write_text("")
+    with pytest.raises(SystemExit, match="assets cannot be written .*; choose another folder"):
+        main(argv)
+    assert not file.exists()

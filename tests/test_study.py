@@ -21,10 +21,9 @@ import train
 from support.world import TINY, make_world
 from tiny import students, study
 from tiny.__main__ import main
-from tiny.study import TABLES, Variant, run_name
+from tiny.study import PAPER, TABLES, VARIANTS, Variant, run_name
 from training import recipes
 
-VARIANTS = list(dict.fromkeys(variant for rows in TABLES.values() for variant in rows.values()))
 WORLD = dict(tune=64, pretrain=32, per_kind=4)
 
 
@@ -90,7 +89,7 @@ def test_what_is_done_is_not_done_again(done, world, tmp_path, monkeypatch, caps
         main(argv(out, "--seeds", 0))
         assert "3 trainings, of which 0 are to come" in capsys.readouterr().out
     jobs = {}
-    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored: jobs.update(todo) or [])
+    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored, threads: jobs.update(todo) or [])
     main(argv(tmp_path, "--seeds", 0, 1))
     assert list(jobs) == [run_name(variant, 1) for variant in TABLES["pairs"].values()]
     main(
@@ -116,7 +115,15 @@ def test_what_is_done_is_not_done_again(done, world, tmp_path, monkeypatch, caps
         ('"tiny": "', '"tiny": "x', "made with another teacher than this one"),
         ('"own mean": ', '"own": ', "line 1, forced: own mean is None.*; take this line out"),
         ('"similarity": ', '"similarity": "x", "y": ', "line 1: similarity is 'x'.*; take this line out"),
-        ('"times": 1', '"times": 2', "line 1: curve is None.*; take this line out"),
+        ('"similarity": ', '"similarity": NaN, "y": ', "line 1.*; take this line out"),
+        ('"similarity": ', '"similarity": 1e400, "y": ', "line 1.*; take this line out"),
+        ('"similarity": ', f'"similarity": 1{"0" * 400}, "y": ', "line 1: similarity is 10.* from -1 to 1"),
+        ('"as it is": ', '"as it is": 101, "y": ', "line 1, forced: as it is is 101, not from 0 to 100"),
+        ('"tiny": "', '"tinny": "', "line 1: prints says nothing of tiny; take this line out"),
+        ("--method", "--mehtod", "line 1: no table of tiny/study.py has --mehtod .*; take this line out"),
+        ('"similarity": ', '"curve": {}, "similarity": ', "line 1: curve is empty; take this line out"),
+        ('"similarity": ', '"curve": {"01": {}}, "similarity": ', "line 1, curve: '01' is no step"),
+        ('"times": 1', '"times": 2', "line 1: no table .*; take this line out"),
         ("{", "[1]\n{", "line 1: .*; take this line out"),
         ("{", "TWICE", "line 4 is a second one of .*, seed 0; take one of them out"),
     ],
@@ -134,7 +141,7 @@ def test_lines_that_are_damaged_or_foreign(done, world, tmp_path, old, new, said
 def test_teachers_by_name(done, tmp_path, capsys, monkeypatch):
     """Rows of a teacher that is not given are left out; one that is given must be one of the tables'."""
     jobs = {}
-    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored: jobs.update(todo) or [])
+    monkeypatch.setattr(study, "run_jobs", lambda out, todo, scored, threads: jobs.update(todo) or [])
     shutil.copytree(done / "world", tmp_path / "world")
     words = [*argv(tmp_path), "--only", "vocabularies", "depth", "--seeds", "0"]
     main([*words, "--teachers", f"layers-8={TINY / 'teacher'}"])
@@ -207,15 +214,34 @@ def test_one_study_at_a_time(done):
         other.stdin.close()
 
 
-def test_lines_of_another_method_are_kept_and_do_not_count(done, world, tmp_path, monkeypatch):
-    shutil.copytree(world, tmp_path / "world")
-    shutil.copy(done / "results.jsonl", tmp_path)
-    before = (tmp_path / "results.jsonl").read_text()
+def test_lines_of_another_method_are_kept_and_do_not_count(done, tmp_path, monkeypatch):
+    """Nor do its trainings, which lie in the same folder: all is done again."""
+    out = tmp_path / "study"
+    shutil.copytree(done, out)
+    before = (out / "results.jsonl").read_text()
+    (out / "results.jsonl").write_text(before.rstrip("\n"))  # as some editors leave it
     monkeypatch.setattr(study, "METHOD", study.METHOD + 1)
-    main(argv(tmp_path, "--seeds", 0))
-    after = (tmp_path / "results.jsonl").read_text()
+    main(argv(out, "--seeds", 0, 0))
+    after = (out / "results.jsonl").read_text()
     assert after.startswith(before) and len(after.splitlines()) == 6
-    assert len(study.read_lines(tmp_path / "results.jsonl")) == 3
+    assert len(study.read_lines(out / "results.jsonl")) == 3
+    assert len([*out.glob("*-method-2-0/stage3")]) == len([*out.glob("compodistill*/stage3")]) - 3 == 3
+
+
+def test_a_training_that_stops_does_not_stop_the_others(done, tmp_path, capfd):
+    """It is said at once, and again at the end; then the others are done."""
+    out = tmp_path / "study"
+    shutil.copytree(done / "world", out / "world")
+    (out / run_name(Variant(PAPER), 0)).mkdir(parents=True)
+    (out / run_name(Variant(PAPER), 0) / "stage1.run").write_text("no folder")
+    with pytest.raises(
+        SystemExit, match="a student stopped, as said above; mended, the same command goes on"
+    ):
+        main(argv(out, "--seeds", 0))
+    assert "stage1.run" in capfd.readouterr().err
+    assert sorted(line["flags"] for line in lines_of(out)) == sorted(
+        variant.flags for variant in TABLES["pairs"].values() if variant != Variant(PAPER)
+    )
 
 
 def test_seconds_of_a_training_that_was_stopped(tmp_path):
@@ -224,7 +250,7 @@ def test_seconds_of_a_training_that_was_stopped(tmp_path):
     for name, clock in logs.items():
         rows = [{"step": i + 1, "seconds": at, "memory_gb": at / 10, "lm": i} for i, at in enumerate(clock)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert study.logged(tmp_path) == {"losses": {"lm": 3}, "seconds": 15, "memory_gb": 0.6}
+    assert study.logged(tmp_path, ["lm", "kl"]) == {"losses": {"lm": 3}, "seconds": 15, "memory_gb": 0.6}
 
 
 SHORT = Path(__file__).with_name("study_losses.json")

@@ -4,8 +4,8 @@
 
 In such a file everything between `<!-- python -m tiny report: NAME -->` and `<!-- end of NAME -->` is written
 anew, NAME one of SECTIONS, and a new file gets the tables; figures go to assets/ beside it. Of every row the
-mean over seeds and its 95 % interval, Student's t over these seeds: it says how far another seed may be, not
-another set of test items, of which there are 640 a kind. Differences are taken seed by seed. Of fewer than
+mean over seeds and its 95 % interval, Student's t over these seeds: where the mean of all seeds may lie, were
+they normal; not what another set of test items would do. Differences are taken seed by seed. Of fewer than
 three seeds their values stand there; a variant without a line is not in its table.
 """
 
@@ -19,17 +19,38 @@ import numpy as np
 from evals import figures
 from evals.analyses import spearman
 from evals.benchmarks import markdown
+from evals.pictures import MADE
 from support.errors import BadInput, one_line
-from support.files import read_text, write_atomically
+from support.files import check_output, check_writable, read_text, write_atomically
 from support.world import COMPOSITION, TINY
-from tiny.study import KD, KD_TAF, PAPER, ROWS, SFT, TABLES, Variant, read_lines
+from tiny.students import steps_of
+from tiny.study import KD, KD_TAF, METHOD, PAPER, ROWS, SFT, TABLES, Variant, read_lines
 
 INTO = [TINY.parent / "README.md", TINY.parent / "RESULTS.md"]
 LINES = TINY.parent / "results/study.jsonl"
 PLACE = re.compile(r"<!-- python -m tiny report: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 NEW = "<!-- python -m tiny report: tables -->\n<!-- end of tables -->\n"  # of a file that is not there
 # Student's t, two-sided 95 %, of 1, 2, ... degrees of freedom
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+T95 = (
+    *(
+        12.706,
+        4.303,
+        3.182,
+        2.776,
+        2.571,
+        2.447,
+        2.365,
+        2.306,
+        2.262,
+        2.228,
+        2.201,
+        2.179,
+        2.160,
+        2.145,
+        2.131,
+    ),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
+)
 TITLES = {
     "systems": "The systems (the paper's Table 1)",
     "modules": "VAT and TAF (its Table 2)",
@@ -73,31 +94,60 @@ CLAIMS = (  # of its tables: which row is better than which
     *(("layers", "intermediate", row) for row in ("early", "later", "all")),
     *(("matching", "group", row) for row in ("simple", "adaptive")),
 )
+HEADLINE = (  # README's rows, of the tables `systems` and `rates`
+    *("teacher", "SFT", "SFT, 1.5e-3", "KD", "KD, 1e-3", "KD with TAF", "KD with TAF, 1.5e-3"),
+    *("LLaVA-KD", "LLaVADI", "LLaVA-MoD", "CompoDistill", "CompoDistill, row by row"),
+)
 QUESTIONS = ("controls", "heads", "vocabularies", "layers", "depth", "freezing", "pairs")  # README's
 Lines = dict[tuple[Variant, int], dict]
 
 
 def report(args: argparse.Namespace) -> None:
     """Write the places of the Markdown files, and the figures."""
-    lines = {}
-    for file in args.lines:
-        if not file.exists():
-            raise BadInput(f"{file} is not there; python -m tiny study writes such lines")
-        for run, line in read_lines(file).items():
-            if run in lines:
-                raise BadInput(f"{file}: {run[0].flags}, seed {run[1]} stands in another file, too")
-            lines[run] = line
-    texts = {file: filled(read_text(file) if file.exists() else NEW, lines, file) for file in args.into}
+    lines = lines_of(args.lines)
+    texts = {}
+    for file in dict.fromkeys(args.into):
+        check_writable(file.parent)
+        for name in FIGURES:
+            check_output(file.parent / "assets" / name, MADE)
+        text = read_text(file, "; choose a Markdown file") if file.exists() else NEW
+        texts[file] = filled(text, lines, file)
     for file, text in texts.items():
         write_atomically(file, text)
         print(f"{one_line(file)}: what {len(lines)} lines say")
-        draw_figures(file.parent / "assets", lines)
+    for folder in dict.fromkeys(file.parent / "assets" for file in texts):
+        draw_figures(folder, lines)
+
+
+def lines_of(files: list[Path]) -> Lines:
+    """All lines of the files. BadInput: of two worlds or teachers, or of two recipes."""
+    lines, prints, whole = {}, {}, {}
+    for file in files:
+        if not file.exists():
+            raise BadInput(f"{file} is not there; python -m tiny study writes such lines")
+        for run, line in read_lines(file).items():
+            (variant, seed), own = run, line["prints"]
+            who = f"{file}: {variant.flags}, seed {seed}"
+            if run in lines:
+                raise BadInput(f"{who} stands in another file, too; take one of them out")
+            for name in (variant.teacher, "world"):
+                if prints.setdefault(name, own[name]) != own[name]:
+                    what = "world" if name == "world" else "teacher"
+                    raise BadInput(f"{who} was made with another {what} than lines before; take it out")
+            if variant.trained:
+                as_recipe = line.get("steps") == steps_of(variant.flags, None, variant.times)
+                if whole.setdefault("steps", as_recipe) != as_recipe:
+                    raise BadInput(f"{who} was trained for other steps than lines before; take it out")
+            lines[run] = line
+    if not lines:
+        raise BadInput(f"{files[0]} has no line of method {METHOD}; python -m tiny study writes such lines")
+    return lines
 
 
 def filled(text: str, lines: Lines, file: Path) -> str:
     """The text of a Markdown file, its places written anew."""
     names = [place[1] for place in PLACE.finditer(text)]
-    if not names or len(names) != text.count("<!-- python -m tiny report:"):
+    if not names or len(names) != len(re.findall(r"<!--\s*python -m tiny report", text)):
         raise BadInput(
             f"{file}: <!-- python -m tiny report: NAME --> and after it <!-- end of NAME --> must stand there"
         )
@@ -133,7 +183,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     """Their mean, and half the length of its 95 % interval."""
     n = len(values)
     if n - 1 > len(T95):
-        raise BadInput(f"{n} seeds are more than the {len(T95) + 1} that intervals are made for")
+        raise BadInput(
+            f"{n} seeds are more than the {len(T95) + 1} that intervals are made for: take some out"
+        )
     return float(np.mean(values)), T95[n - 2] * float(np.std(values, ddof=1)) / sqrt(n)
 
 
@@ -164,11 +216,9 @@ def tables(lines: Lines) -> str:
 
 
 def headline(lines: Lines) -> str:
-    """The systems, and the rivals at their best rates, too."""
+    """The systems, and below rivals what they have at their best rates."""
     rows = TABLES["systems"] | TABLES["rates"]
-    last = ("CompoDistill", "CompoDistill, row by row")
-    names = sorted(rows, key=lambda name: (name in last, name.startswith("LLaVA"), name != "teacher"))
-    return scores(lines, {name: rows[name] for name in names}, ())
+    return scores(lines, {name: rows[name] for name in HEADLINE}, ())
 
 
 def questions(lines: Lines) -> str:
@@ -178,60 +228,65 @@ def questions(lines: Lines) -> str:
         for name, variant in TABLES[table].items():
             row = [said(values_of(lines, variant, score)) for score in ("recognition", "compositional")]
             if seeds := len(seeds_of(lines, variant)):
-                cells.append([table, name, f"`{variant.flags}`", str(seeds), *row])
+                cells.append([table, name, words_of(variant), str(seeds), *row])
     return markdown(["", "", "flags", "seeds", "recognition", "compositional"], cells)
 
 
 def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> str:
-    """A table of variants, each beside the paper's form or, where that is not in it, the first row; with the
-    means of these kinds of caption pairs, or with the least of all.
+    """A table of variants, each beside the paper's form or, where that is not in it, the first row of its
+    teacher; with the means of these kinds of caption pairs, or with the least of all.
     """
-    ours = next((name for name, variant in rows.items() if variant == Variant(PAPER)), next(iter(rows)))
+    ours = next((name for name, variant in rows.items() if variant == Variant(PAPER)), None)
+    first = {variant.teacher: variant for variant in reversed(rows.values())}
     cells = []
     for name, variant in rows.items():
         if not (n := len(seeds_of(lines, variant))):
             continue
         means = {kind: np.mean(values_of(lines, variant, kind)) for kind in COMPOSITION}
         least = min(means, key=means.get)
-        change = paired(lines, variant, rows[ours]) if variant.trained and name != ours else []
+        where = f" ({least})" * (f"{means[least]:.1f}" != f"{max(means.values()):.1f}")
+        base = rows[ours] if ours else first[variant.teacher]
+        change = paired(lines, variant, base) if variant.trained and variant != base else []
         cells.append(
             [
                 name,
                 str(n) if variant.trained else "",
                 said(values_of(lines, variant, "recognition")),
                 said(values_of(lines, variant, "compositional")),
-                *([f"{means[kind]:.1f}" for kind in kinds] or [f"{means[least]:.1f} ({least})"]),
+                *([f"{means[kind]:.1f}" for kind in kinds] or [f"{means[least]:.1f}{where}"]),
                 said(values_of(lines, variant, "similarity"), 2),
-                said(change, signed=True),
+                said(change, signed=True) + f" (of {len(change)})" * (0 < len(change) != n),
             ]
         )
+    minus = ours or f"the first row{' of its teacher' * (len(first) > 1)}"
     columns = kinds or ("least kind",)
     return markdown(
-        ["", "seeds", "recognition", "compositional", *columns, "similarity", f"minus {ours}"], cells
+        ["", "seeds", "recognition", "compositional", *columns, "similarity", f"minus {minus}"], cells
     )
 
 
+def words_of(variant: Variant) -> str:
+    """What it is trained with."""
+    teacher = f" --teacher {variant.teacher}" * (variant.teacher != "tiny")
+    return f"`{variant.flags}{teacher}`"
+
+
 def flags_of(lines: Lines, rows: dict[str, Variant]) -> str:
-    """What was trained, of each row."""
-    text = []
-    for name, variant in rows.items():
-        if variant.trained and seeds_of(lines, variant):
-            teacher = f" --teacher {variant.teacher}" * (variant.teacher != "tiny")
-            text.append(f"{name}: `{variant.flags}{teacher}`")
-    return "; ".join(text)
+    """What was trained, of each row that has lines."""
+    trained = {name: v for name, v in rows.items() if v.trained and seeds_of(lines, v)}
+    return "; ".join(f"{name}: {words_of(variant)}" for name, variant in trained.items())
 
 
 def budget(lines: Lines, rows: dict[str, Variant]) -> str:
     """Scores on few items on the way, of each seed: recognition / compositional; a tenth of the points."""
-    cells, steps = [], []
-    for name, variant in rows.items():
-        for seed in seeds_of(lines, variant):
-            line = lines[variant, seed]
-            steps = sorted(map(int, line["curve"]))
-            steps = steps[len(steps) // 10 - 1 :: max(1, len(steps) // 10)] if len(steps) > 10 else steps
-            points = [line["curve"][str(step)] for step in steps]
-            path = [f"{point['recognition']:.0f} / {point['compositional']:.0f}" for point in points]
-            cells.append([name, str(seed), *path, f"{line['recognition']:.1f} / {line['compositional']:.1f}"])
+    known = [(name, seed, lines[v, seed]) for name, v in rows.items() for seed in seeds_of(lines, v)]
+    steps = sorted({int(step) for _, _, line in known for step in line["curve"]})
+    every = max(1, len(steps) // 10)
+    steps, cells = steps[every - 1 :: every], []
+    for name, seed, line in known:
+        points = [line["curve"].get(str(step)) for step in steps]
+        path = [f"{p['recognition']:.0f} / {p['compositional']:.0f}" if p else "" for p in points]
+        cells.append([name, str(seed), *path, f"{line['recognition']:.1f} / {line['compositional']:.1f}"])
     return markdown(["steps", "seed", *(f"{step:,}" for step in steps), "end, all items"], cells)
 
 
@@ -272,30 +327,41 @@ def chain(lines: Lines) -> list[str]:
     runs = [(v, line) for (v, _), line in lines.items() if v.times == 1 and "similarity" in line]
     if len(runs) < 10:
         return []
-    of = np.array([f"{v.flags} {v.teacher}" for v, _ in runs])
-    x = np.array([line["similarity"] for _, line in runs])
-    y = np.array([line["compositional"] for _, line in runs])
-    means = [[values[of == one].mean() for one in dict.fromkeys(of)] for values in (x, y)]
+    x, y = (np.array([line[score] for _, line in runs]) for score in ("similarity", "compositional"))
+    variants = list(dict.fromkeys(v for v, _ in runs))
+    groups = [np.array([i for i, (v, _) in enumerate(runs) if v == one]) for one in variants]
+    means = [np.array([values[group].mean() for group in groups]) for values in (x, y)]
+    rho, p = within(x, y, [group for group in groups if len(group) > 1])
     text = (
-        f"Rank correlation (Spearman) of similarity and compositional accuracy over {len(runs)} students: "
-        f"{correlation(x, y)}; over the means of their {len(means[0])} variants: "
-        f"{correlation(*map(np.array, means))}; within variants, each value minus its variant's mean: "
-        f"{correlation(within(x, of), within(y, of))}. Intervals: 2,000 resamples of what is correlated."
+        f"Rank correlation (Spearman) of similarity and compositional accuracy over {len(runs)} students of "
+        f"{len(groups)} variants: {correlation(x, y, groups)}; over the means of the variants: "
+        f"{correlation(*means, [np.array([i]) for i in range(len(groups))])}; within variants, each value "
+        f"minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often 2,000 shuffles within variants are as "
+        "far from 0). Intervals: 2,000 resamples of variants."
     )
     return [f"### Attention and accuracy, over all students\n\n{text}"]
 
 
-def within(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Each value minus the mean of its group."""
-    rest = values - np.array([values[groups == group].mean() for group in groups])
-    return rest.round(9)  # equal ones stay equal
-
-
-def correlation(x: np.ndarray, y: np.ndarray) -> str:
-    """ "0.71 [0.52, 0.83]" """
-    draws = np.random.default_rng(0).integers(0, len(x), (2000, len(x)))
-    low, high = np.percentile([spearman(x[draw], y[draw]) for draw in draws], [2.5, 97.5])
+def correlation(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> str:
+    """ "0.71 [0.52, 0.83]": the interval from resamples of the groups of indices."""
+    rng, rhos = np.random.default_rng(0), []
+    for _ in range(2000):
+        drawn = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
+        rhos.append(spearman(x[drawn], y[drawn]))
+    low, high = np.percentile(rhos, [2.5, 97.5])
     return f"{spearman(x, y):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def within(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> tuple[float, float]:
+    """Spearman's rho of what is left of x and y without the means of their groups, and its p by shuffles."""
+    if not groups:
+        return 0.0, 1.0
+    # rounded: equal ones stay equal
+    x, y = ([(values[group] - values[group].mean()).round(9) for group in groups] for values in (x, y))
+    rng, x, rho = np.random.default_rng(0), np.concatenate(x), spearman(np.concatenate(x), np.concatenate(y))
+    shuffles = (np.concatenate([rng.permutation(group) for group in y]) for _ in range(2000))
+    as_far = sum(abs(spearman(x, shuffled)) >= abs(rho) - 1e-12 for shuffled in shuffles)
+    return rho, (1 + as_far) / 2001
 
 
 SECTIONS = {"headline": headline, "questions": questions, "claims": claims, "tables": tables}
@@ -303,20 +369,21 @@ SECTIONS = {"headline": headline, "questions": questions, "claims": claims, "tab
 # ---------------------------------------------------------------- figures
 
 
+FIGURES = {  # file -> panels, title; what they show says figure_rows
+    "study.png": (figures.study_panels, "Every student of the study"),
+    "budget.png": (figures.budget_panels, "Eight times the steps: 40 test items a kind"),
+}
+
+
 def draw_figures(folder: Path, lines: Lines) -> None:
     """study.png: each system's seeds, and attention against accuracy; budget.png: accuracy against steps."""
     folder.mkdir(exist_ok=True)
-    students, points = figure_rows(lines)
-    drawn = {
-        "study.png": (figures.study_panels, "Every student of the study", students),
-        "budget.png": (figures.budget_panels, "Eight times the steps: 40 test items a kind", points),
-    }
-    done = [
+    drawn = [
         figures.draw(folder / name, panels, (10, 4.5), title, rows)
-        for name, (panels, title, rows) in drawn.items()
+        for (name, (panels, title)), rows in zip(FIGURES.items(), figure_rows(lines))
         if rows
     ]
-    if not all(done):
+    if not all(drawn):
         print('figures need matplotlib (the extra "plots"): install it, and give the same command again')
 
 

@@ -163,15 +163,18 @@ def run_students(
         pass
 
 
-def run_jobs(out: Path, jobs: dict[str, tuple], scored: Callable[..., dict]) -> Iterator[str]:
+def run_jobs(
+    out: Path, jobs: dict[str, tuple], scored: Callable[..., dict], threads: int | None = None
+) -> Iterator[str]:
     """{name: (words of train.py, {stage: steps}, points of the curve)} -> the names, as they finish.
 
-    As many at a time as there are cores. A student's scores are what scored(student, teacher, world) says.
+    As many at a time as there are cores, with as many threads each as that leaves, or `threads`. A student's
+    scores are what scored(student, teacher, world) says. BadInput, when the others are done: one stopped.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads, at_once = max(1, cores // max(1, len(jobs))), min(cores, len(jobs))
+    threads, at_once = threads or max(1, cores // max(1, len(jobs))), min(cores, len(jobs))
     spawn = torch.multiprocessing.get_context("spawn")
-    waiting, running = list(jobs), {}
+    waiting, running, failed = list(jobs), {}, []
     total = sum(sum(steps.values()) for _, steps, _ in jobs.values())
     done = sum(last_step(out / name) for name in jobs)  # before: no part of the rate that the bar goes by
     bar = tqdm(total=total, initial=done, desc=f"{len(jobs)} students", unit="step", dynamic_ncols=True)
@@ -188,13 +191,15 @@ def run_jobs(out: Path, jobs: dict[str, tuple], scored: Callable[..., dict]) -> 
             bar.update(sum(last_step(out / name) for name in jobs) - bar.n)
             for name in [name for name, process in running.items() if process.exitcode is not None]:
                 code = running.pop(name).exitcode
-                if code < 0:
-                    raise BadInput(
-                        "a student was killed, perhaps for want of memory; the same command goes on"
-                    )
                 if code:
-                    raise BadInput("a student stopped, as said above; mended, the same command goes on")
-                yield name
+                    failed.append(code)
+                else:
+                    yield name
+        who = "a student" if len(failed) == 1 else f"{len(failed)} students"
+        if any(code < 0 for code in failed):
+            raise BadInput(f"{who} ended early, perhaps for want of memory; the same command goes on")
+        if failed:
+            raise BadInput(f"{who} stopped, as said above; mended, the same command goes on")
     finally:  # whatever ends this process: they save first
         bar.close()
         for process in running.values():

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ from support.files import (
 from support.program import commit
 from support.world import COMPOSITION, RECOGNITION
 from tiny.scores import attention_similarity, tiny_scores
-from tiny.students import load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
+from tiny.students import configs_of, load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
 from training.log import step_of
 
 # Of what a line's figures depend on beside its flags: one more with every change of the code after which a
@@ -42,7 +43,6 @@ from training.log import step_of
 METHOD = 1
 LONG_POINTS = 40  # of the curve of a training with more than the recipe's steps
 FORCED = 150  # caption pairs of a kind, of the intervention
-TERMS = ("lm", "kl", "adl")
 TEACHER = "teacher"  # in the place of flags: it is scored, and nothing is trained
 FIELDS = (("flags", str), ("times", int), ("teacher", str))  # of a Variant
 SCORES = ("recognition", "compositional", *RECOGNITION, *COMPOSITION)
@@ -166,8 +166,8 @@ TABLES: dict[str, dict[str, Variant]] = {
         "CompoDistill": Variant(f"{PAPER} --lr 1e-3", 8),
     },
 }
-# teachers that do not ship
-OTHERS = sorted({variant.teacher for rows in TABLES.values() for variant in rows.values()} - {"tiny"})
+VARIANTS = list(dict.fromkeys(variant for rows in TABLES.values() for variant in rows.values()))
+OTHERS = sorted({variant.teacher for variant in VARIANTS} - {"tiny"})  # teachers that do not ship
 
 
 def named_folder(text: str) -> tuple[str, str]:
@@ -194,12 +194,13 @@ def train_missing(args: argparse.Namespace) -> None:
     world, file = make_test_world(args.out), args.out / "results.jsonl"
     teachers = {"tiny": args.teacher} | dict(args.teachers)
     prints = {who: fingerprint(find(name)) for who, name in teachers.items()} | {"world": world_print(world)}
-    lines, jobs, todo = read_lines(file, prints), {}, {}
+    lines, jobs, todo, code = read_lines(file, prints), {}, {}, commit()
 
     def add_line(variant: Variant, seed: int, steps: dict[str, int], more: dict) -> None:
-        line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": steps, "commit": commit()}
+        line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": steps, "commit": code}
         line |= {"prints": {who: prints[who] for who in (variant.teacher, "world")}} | more
-        write_atomically(file, (read_text(file) if file.exists() else "") + json.dumps(line) + "\n")
+        before = read_text(file).rstrip("\n") + "\n" if file.exists() else ""
+        write_atomically(file, before.lstrip("\n") + json.dumps(line) + "\n")
 
     rows = list(dict.fromkeys(variant for name in args.only for variant in TABLES[name].values()))
     if missing := {variant.teacher for variant in rows} - teachers.keys():
@@ -209,7 +210,7 @@ def train_missing(args: argparse.Namespace) -> None:
     trained = [variant for variant in rows if variant.trained]
     for variant in trained:
         steps = steps_of(variant.flags, args.steps, variant.times)
-        for seed in args.seeds:
+        for seed in dict.fromkeys(args.seeds):
             name = run_name(variant, seed)
             argv = [*variant.flags.split(), "--seed", str(seed), "--name", name, f"--out={args.out}"]
             argv.append(f"--teacher={teachers[variant.teacher]}")
@@ -224,17 +225,20 @@ def train_missing(args: argparse.Namespace) -> None:
     for variant in rows:
         if not variant.trained and (variant, 0) not in lines:
             add_line(variant, 0, {}, rounded(tiny_scores(model.load(teachers[variant.teacher]), world)))
-    print(f"{len(trained) * len(args.seeds)} trainings, of which {len(jobs)} are to come")
-    for name in run_jobs(args.out, jobs, study_scores) if jobs else ():
-        add_line(*todo[name], logged(args.out / name) | read_json(args.out / name / "scores.json"))
+    print(f"{len(trained) * len(set(args.seeds))} trainings, of which {len(jobs)} are to come")
+    # one thread each, however many are missing: sums of more threads round otherwise
+    for name in run_jobs(args.out, jobs, study_scores, threads=1) if jobs else ():
+        terms = configs_of(todo[name][0].flags)["2"].weights
+        add_line(*todo[name], logged(args.out / name, terms) | read_json(args.out / name / "scores.json"))
     print(f"{one_line(file)}: a line for each training")
 
 
 def run_name(variant: Variant, seed: int) -> str:
-    """The folder of a training."""
+    """The folder of a training, which no other METHOD has."""
     words = re.sub("[^a-z0-9.,]+", "-", variant.flags.removeprefix("--method "))
     teacher = f"-of-{variant.teacher}" * (variant.teacher != "tiny")
-    return f"{words}{f'-x{variant.times}' * (variant.times > 1)}{teacher}-{seed}"
+    method = f"-method-{METHOD}" * (METHOD > 1)
+    return f"{words}{f'-x{variant.times}' * (variant.times > 1)}{teacher}{method}-{seed}"
 
 
 def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
@@ -255,8 +259,11 @@ def rounded(scores: dict[str, float]) -> dict[str, float]:
     return {name: round(score, 3) for name, score in scores.items()}
 
 
-def logged(folder: Path) -> dict:
-    """Of a training's logs: its last losses of stage 2, seconds of all steps, peak memory; and its curve."""
+def logged(folder: Path, terms: Iterable[str]) -> dict:
+    """Of a training's logs: its last losses of stage 2, seconds of all steps, peak memory; and its curve.
+
+    Seconds of a training that was stopped are those since, where the log does not show when that was.
+    """
     rows = {
         log.stem: [json.loads(line) for line in read_text(log).splitlines() if step_of(line)]
         for log in sorted(folder.glob("stage?.jsonl"))
@@ -267,7 +274,7 @@ def logged(folder: Path) -> dict:
     last = rows["stage2"][-1]
     more = {"curve": read_json(folder / "curve.json")} if (folder / "curve.json").exists() else {}
     return {
-        "losses": {term: round(last[term], 4) for term in TERMS if term in last},
+        "losses": {term: round(last[term], 4) for term in terms if term in last},
         "seconds": round(seconds, 1),
         "memory_gb": max(row["memory_gb"] for of_stage in rows.values() for row in of_stage),
         **more,
@@ -295,7 +302,8 @@ def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[V
     BadInput: a line that is damaged, another's, or there twice.
     """
     found, remedy = {}, "; take this line out, and its training is done again"
-    for number, text in enumerate(read_text(file).split("\n") if file.exists() else [], 1):
+    whole = read_text(file, "; take what is no text out") if file.exists() else ""
+    for number, text in enumerate(whole.split("\n"), 1):
         where = f"{file}, line {number}"
         if not text.strip():
             continue
@@ -304,10 +312,12 @@ def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[V
             run = Variant(*(field(line, *named, where) for named in FIELDS)), field(line, "seed", int, where)
             if field(line, "method", int, where) != METHOD:
                 continue
-            if bad := [score for score in SCORES if not 0 <= field(line, score, float, where) <= 100]:
-                raise BadInput(f"{where}: {bad[0]} is {line[bad[0]]}, not from 0 to 100")
-            check_parts(line, where)
+            if run[0] not in VARIANTS or not run[0].trained and run[1]:
+                raise BadInput(f"{where}: no table of tiny/study.py has {run[0].flags:.60}, seed {run[1]}")
+            check_scores(line, where)
             own = {who: field(line["prints"], who, str, where) for who in field(line, "prints", dict, where)}
+            if lost := {run[0].teacher, "world"} - own.keys():
+                raise BadInput(f"{where}: prints says nothing of {', '.join(sorted(lost))}")
         except BadInput as error:
             raise BadInput(f"{error}{remedy}") from None
         if run in found:
@@ -320,17 +330,22 @@ def read_lines(file: Path, prints: dict[str, str] | None = None) -> dict[tuple[V
     return found
 
 
-def check_parts(line: dict, where: str) -> None:
-    """BadInput: something that not every line has, and this one has wrongly."""
-    if "similarity" in line:
-        field(line, "similarity", float, where)
+def check_scores(line: dict, where: str) -> None:
+    """BadInput: a score that is missing or out of its range."""
+
+    def ranged(record: dict, names: Iterable[str], least: int, most: int, where: str) -> None:
+        for name in names:
+            if not least <= field(record, name, float, where) <= most:
+                raise BadInput(f"{where}: {name} is {record[name]!s:.20}, not from {least} to {most}")
+
+    ranged(line, SCORES, 0, 100, where)
+    ranged(line, {"similarity"} & line.keys(), -1, 1, where)
     if "forced" in line:
-        forced = field(line, "forced", dict, where)
-        for way in WAYS:
-            field(forced, way, float, f"{where}, forced")
-    if line["times"] > 1:
-        for step, point in field(line, "curve", dict, where).items():
-            if not step.isdecimal():
+        ranged(field(line, "forced", dict, where), WAYS, 0, 100, f"{where}, forced")
+    if "curve" in line or line["times"] > 1:
+        if not field(line, "curve", dict, where):
+            raise BadInput(f"{where}: curve is empty")
+        for step, point in line["curve"].items():
+            if not re.fullmatch("[1-9][0-9]{0,8}", step):
                 raise BadInput(f"{where}, curve: {step!r:.40} is no step")
-            for score in ("recognition", "compositional"):
-                field(point, score, float, f"{where}, curve, {step}")
+            ranged(point, ("recognition", "compositional"), 0, 100, f"{where}, curve, {step}")
