@@ -74,7 +74,7 @@ def test_places_are_written_anew(tmp_path, capsys):
     assert "--layers" not in text and "### The weight" not in text
     main(argv)
     assert file.read_text() == text
-    assert "| KD | 1 | 50.0 | +3.0 | +0.5 | -1.0 |" in text
+    assert "| KD | 1 | 50.0 | +3.0 | +2.0 | +0.5 | -1.0 |" in text
     new = tmp_path / "NEW.md"
     main([*argv[:-1], str(new)])
     assert new.read_text() == text[text.index("<!-- python -m tiny report: tables") : text.index("after")]
@@ -106,6 +106,15 @@ def test_a_claim_holds_where_its_interval_says_so(tmp_path):
         lines += [line(worse.flags, seed, score) for seed, score in enumerate(other)]
         read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
         assert report.claims(read).splitlines()[-1] == f"| matching | group over simple {said}"
+
+
+def test_a_claim_that_one_is_worse(tmp_path):
+    """The paper has LLaVADI 0.5 below SFT."""
+    rows = TABLES["systems"]
+    lines = [line(rows["LLaVADI"].flags, seed, 90.0) for seed in range(3)]
+    lines += [line(SFT, seed, 60.0 + seed) for seed in range(3)]
+    text = report.claims(study.read_lines(write(tmp_path / "lines.jsonl", lines)))
+    assert text.endswith("| systems | LLaVADI over SFT | -0.5 | +29.0 ± 2.5 | 3 | the opposite |")
 
 
 def test_the_headline_has_the_teacher_and_the_best_rates(tmp_path):
