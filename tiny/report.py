@@ -83,6 +83,7 @@ PUBLISHED = {
     "loss": {"none": 63.8, "MSE": 65.2, "KL": 65.5, "cosine": 66.7},
     "layers": {"early": 63.7, "later": 64.6, "all": 66.6, "intermediate": 66.7},
     "matching": {"simple": 65.6, "adaptive": 65.7, "group": 66.7},
+    "rates": {"SFT, 1.5e-3": 60.7, "KD, 1e-3": 62.9, "KD with TAF, 1.5e-3": 63.8, "CompoDistill": 66.7},
 }
 CLAIMS = (  # of its tables: which row is better than which
     *(("systems", row, "SFT") for row in ("KD", "LLaVA-KD", "LLaVADI", "LLaVA-MoD", "CompoDistill")),
@@ -93,6 +94,9 @@ CLAIMS = (  # of its tables: which row is better than which
     *(("loss", "cosine", row) for row in ("none", "MSE", "KL")),
     *(("layers", "intermediate", row) for row in ("early", "later", "all")),
     *(("matching", "group", row) for row in ("simple", "adaptive")),
+    ("rates", "KD, 1e-3", "SFT, 1.5e-3"),
+    ("rates", "KD with TAF, 1.5e-3", "KD, 1e-3"),
+    *(("rates", "CompoDistill", row) for row in ("SFT, 1.5e-3", "KD, 1e-3", "KD with TAF, 1.5e-3")),
 )
 HEADLINE = (  # README's rows, of the tables `systems` and `rates`
     *("teacher", "SFT", "SFT, 1.5e-3", "KD", "KD, 1e-3", "KD with TAF", "KD with TAF, 1.5e-3"),
