@@ -263,7 +263,7 @@ def short_training(variant, world, out):
     flags = [*variant.flags.split(), "--out", out, "--name", "x", "--steps", 3, "--log-every", 1]
     train.main([*map(str, flags), "--batch-size", "4", "--global-batch", "4"])
     logs = {log.stem: log.read_text().splitlines()[-1] for log in sorted((out / "x").glob("stage?.jsonl"))}
-    last, names = {stage: json.loads(row) for stage, row in logs.items()}, (*study.TERMS, "grad_norm")
+    last, names = {stage: json.loads(row) for stage, row in logs.items()}, ("lm", "kl", "adl", "grad_norm")
     return {stage: [round(row[name], 5) for name in names if name in row] for stage, row in last.items()}
 
 
