@@ -23,34 +23,19 @@ from evals.pictures import MADE
 from support.errors import BadInput, one_line
 from support.files import check_output, check_writable, read_text, write_atomically
 from support.world import COMPOSITION, TINY
-from tiny.students import steps_of
-from tiny.study import KD, KD_TAF, METHOD, PAPER, ROWS, SFT, TABLES, Variant, read_lines
+from tiny.students import ITEMS, steps_of
+from tiny.study import FORCED, KD, KD_TAF, METHOD, PAPER, ROWS, SFT, TABLES, Variant, read_lines
 
 INTO = [TINY.parent / "README.md", TINY.parent / "RESULTS.md"]
 LINES = TINY.parent / "results/study.jsonl"
 PLACE = re.compile(r"<!-- python -m tiny report: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 NEW = "<!-- python -m tiny report: tables -->\n<!-- end of tables -->\n"  # of a file that is not there
 # Student's t, two-sided 95 %, of 1, 2, ... degrees of freedom
-T95 = (
-    *(
-        12.706,
-        4.303,
-        3.182,
-        2.776,
-        2.571,
-        2.447,
-        2.365,
-        2.306,
-        2.262,
-        2.228,
-        2.201,
-        2.179,
-        2.160,
-        2.145,
-        2.131,
-    ),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045),
-)
+T95 = [float(t) for t in (
+    "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
+    "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045"
+).split()]  # fmt: skip
+RESAMPLES = 2000  # of a rank correlation
 TITLES = {
     "systems": "The systems (the paper's Table 1)",
     "modules": "VAT and TAF (its Table 2)",
@@ -125,7 +110,7 @@ def report(args: argparse.Namespace) -> None:
 
 def lines_of(files: list[Path]) -> Lines:
     """All lines of the files. BadInput: of two worlds or teachers, or of two recipes."""
-    lines, prints, whole = {}, {}, {}
+    lines, known = {}, {}  # known: what all lines have in common
     for file in files:
         if not file.exists():
             raise BadInput(f"{file} is not there; python -m tiny study writes such lines")
@@ -134,14 +119,16 @@ def lines_of(files: list[Path]) -> Lines:
             who = f"{file}: {variant.flags}, seed {seed}"
             if run in lines:
                 raise BadInput(f"{who} stands in another file, too; take one of them out")
-            for name in (variant.teacher, "world"):
-                if prints.setdefault(name, own[name]) != own[name]:
-                    what = "world" if name == "world" else "teacher"
-                    raise BadInput(f"{who} was made with another {what} than lines before; take it out")
+            facts = {
+                variant.teacher: (own[variant.teacher], "made with another teacher"),
+                "world": (own["world"], "made with another world"),
+            }
             if variant.trained:
                 as_recipe = line.get("steps") == steps_of(variant.flags, None, variant.times)
-                if whole.setdefault("steps", as_recipe) != as_recipe:
-                    raise BadInput(f"{who} was trained for other steps than lines before; take it out")
+                facts["steps"] = as_recipe, "trained for other steps"
+            for name, (value, differs) in facts.items():
+                if known.setdefault(name, value) != value:
+                    raise BadInput(f"{who} was {differs} than lines before; take it out")
             lines[run] = line
     if not lines:
         raise BadInput(f"{files[0]} has no line of method {METHOD}; python -m tiny study writes such lines")
@@ -298,25 +285,17 @@ def claims(lines: Lines) -> str:
     """Every difference that the paper claims, beside ours, in points of compositional accuracy."""
     cells = []
     for table, row, other in CLAIMS:
-        change, verdict = paired(lines, TABLES[table][row], TABLES[table][other]), ""
-        published = PUBLISHED[table][row] - PUBLISHED[table][other]
+        if not (change := paired(lines, TABLES[table][row], TABLES[table][other])):
+            continue
+        published, verdict = PUBLISHED[table][row] - PUBLISHED[table][other], ""
         if len(change) > 2:
             mean, half = interval(change)
             if abs(mean) <= half:
                 verdict = "not told apart"
             else:
                 verdict = "holds" if mean * published > 0 else "the opposite"
-        if change:
-            cells.append(
-                [
-                    table,
-                    f"{row} over {other}",
-                    f"{published:+.1f}",
-                    said(change, signed=True),
-                    str(len(change)),
-                    verdict,
-                ]
-            )
+        numbers = [f"{published:+.1f}", said(change, signed=True), str(len(change))]
+        cells.append([table, f"{row} over {other}", *numbers, verdict])
     return markdown(["", "", "paper, one seed", "here", "seeds", "verdict"], cells)
 
 
@@ -334,7 +313,7 @@ def forcing(lines: Lines) -> list[str]:
     head = ["", "seeds", "as it is", "mean with the teacher's", "the teacher's instead"]
     head += ["control: own head mean", "control: of another picture"]
     title = "### Forcing the teacher's attention on a student (the paper's section 3)"
-    text = "150 pairs a kind; points that replacing the attention of the matched layers adds.\n\n"
+    text = f"{FORCED} pairs a kind; points that replacing the attention of the matched layers adds.\n\n"
     return [f"{title}\n\n{text}{markdown(head, cells)}"] if cells else []
 
 
@@ -352,8 +331,8 @@ def chain(lines: Lines) -> list[str]:
         f"Rank correlation (Spearman) of similarity and compositional accuracy over {len(runs)} students of "
         f"{len(groups)} variants: {correlation(x, y, groups)}; over the means of the variants: "
         f"{correlation(*means, [np.array([i]) for i in range(len(groups))])}; within variants, each value "
-        f"minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often 2,000 shuffles within variants are as "
-        "far from 0). Intervals: 2,000 resamples of variants."
+        f"minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often {RESAMPLES:,} shuffles within variants "
+        f"are as far from 0). Intervals: {RESAMPLES:,} resamples of variants."
     )
     return [f"### Attention and accuracy, over all students\n\n{text}"]
 
@@ -361,7 +340,7 @@ def chain(lines: Lines) -> list[str]:
 def correlation(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> str:
     """ "0.71 [0.52, 0.83]": the interval from resamples of the groups of indices."""
     rng, rhos = np.random.default_rng(0), []
-    for _ in range(2000):
+    for _ in range(RESAMPLES):
         drawn = np.concatenate([groups[i] for i in rng.integers(0, len(groups), len(groups))])
         rhos.append(spearman(x[drawn], y[drawn]))
     low, high = np.percentile(rhos, [2.5, 97.5])
@@ -375,9 +354,9 @@ def within(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> tuple[floa
     # rounded: equal ones stay equal
     x, y = ([(values[group] - values[group].mean()).round(9) for group in groups] for values in (x, y))
     rng, x, rho = np.random.default_rng(0), np.concatenate(x), spearman(np.concatenate(x), np.concatenate(y))
-    shuffles = (np.concatenate([rng.permutation(group) for group in y]) for _ in range(2000))
+    shuffles = (np.concatenate([rng.permutation(group) for group in y]) for _ in range(RESAMPLES))
     as_far = sum(abs(spearman(x, shuffled)) >= abs(rho) - 1e-12 for shuffled in shuffles)
-    return rho, (1 + as_far) / 2001
+    return rho, (1 + as_far) / (1 + RESAMPLES)
 
 
 SECTIONS = {"headline": headline, "questions": questions, "claims": claims, "tables": tables}
@@ -387,7 +366,7 @@ SECTIONS = {"headline": headline, "questions": questions, "claims": claims, "tab
 
 FIGURES = {  # file -> panels, title; what they show says figure_rows
     "study.png": (figures.study_panels, "Every student of the study"),
-    "budget.png": (figures.budget_panels, "Eight times the steps: 40 test items a kind"),
+    "budget.png": (figures.budget_panels, f"Eight times the steps: {ITEMS} test items a kind"),
 }
 
 

@@ -195,11 +195,10 @@ def run_jobs(
                     failed.append(code)
                 else:
                     yield name
-        who = "a student" if len(failed) == 1 else f"{len(failed)} students"
         if any(code < 0 for code in failed):
-            raise BadInput(f"{who} ended early, perhaps for want of memory; the same command goes on")
+            raise BadInput("a student was killed, perhaps for want of memory; the same command goes on")
         if failed:
-            raise BadInput(f"{who} stopped, as said above; mended, the same command goes on")
+            raise BadInput("a student stopped, as said above; mended, the same command goes on")
     finally:  # whatever ends this process: they save first
         bar.close()
         for process in running.values():

@@ -199,8 +199,10 @@ def train_missing(args: argparse.Namespace) -> None:
     def add_line(variant: Variant, seed: int, steps: dict[str, int], more: dict) -> None:
         line = variant._asdict() | {"seed": seed, "method": METHOD, "steps": steps, "commit": code}
         line |= {"prints": {who: prints[who] for who in (variant.teacher, "world")}} | more
-        before = read_text(file).rstrip("\n") + "\n" if file.exists() else ""
-        write_atomically(file, before.lstrip("\n") + json.dumps(line) + "\n")
+        before = read_text(file) if file.exists() else ""
+        if before and not before.endswith("\n"):  # as some editors leave it
+            before += "\n"
+        write_atomically(file, before + json.dumps(line) + "\n")
 
     rows = list(dict.fromkeys(variant for name in args.only for variant in TABLES[name].values()))
     if missing := {variant.teacher for variant in rows} - teachers.keys():
@@ -217,7 +219,7 @@ def train_missing(args: argparse.Namespace) -> None:
             done = lines.get((variant, seed))
             if not done:
                 points = LONG_POINTS if variant.times > 1 else 0
-                jobs[name], todo[name] = (argv, steps, points), (variant, seed, steps)
+                jobs[name], todo[name] = (argv, steps, points), (variant, seed)
             elif done.get("steps") != steps:
                 raise BadInput(
                     f"{file} has {name} with steps {done.get('steps')}, not {steps}; choose another --out"
@@ -228,8 +230,9 @@ def train_missing(args: argparse.Namespace) -> None:
     print(f"{len(trained) * len(set(args.seeds))} trainings, of which {len(jobs)} are to come")
     # one thread each, however many are missing: sums of more threads round otherwise
     for name in run_jobs(args.out, jobs, study_scores, threads=1) if jobs else ():
-        terms = configs_of(todo[name][0].flags)["2"].weights
-        add_line(*todo[name], logged(args.out / name, terms) | read_json(args.out / name / "scores.json"))
+        (variant, seed), folder = todo[name], args.out / name
+        logs = logged(folder, terms=configs_of(variant.flags)["2"].weights)
+        add_line(variant, seed, jobs[name][1], logs | read_json(folder / "scores.json"))
     print(f"{one_line(file)}: a line for each training")
 
 
