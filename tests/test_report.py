@@ -141,9 +141,24 @@ def test_a_curve_of_a_long_training(tmp_path):
     read = study.read_lines(write(tmp_path / "lines.jsonl", lines))
     text = report.tables(read).splitlines()
     steps = [f"{step:,}" for step in range(400, 4001, 400)]
-    assert text[2] == f"| steps | seed | {' | '.join(steps)} | end, all items |"
+    assert text[2] == f"| steps | seed | {' | '.join(steps)} | end, all items | 98 / 95 from |"
     assert text[4].startswith("| SFT | 0 | 4 / 50 | 8 / 50 | 12 / 50 |")
-    assert text[4].endswith("| 40 / 50 | 90.0 / 70.0 |")
+    assert text[4].endswith("| 40 / 50 | 90.0 / 70.0 |  |")
+
+
+def test_since_when_a_curve_has_nearly_everything():
+    """From the point after the last one below, of either score: what was there and was lost counts not."""
+
+    def curve(*points):
+        return {
+            str(step): {"recognition": r, "compositional": c}
+            for step, (r, c) in zip((800, 1600, 2400, 10_000), points)
+        }
+
+    assert report.learned(curve((98, 95), (99, 96), (100, 100), (100, 100))) == "800"
+    assert report.learned(curve((98, 95), (97.9, 96), (100, 100), (100, 95))) == "2,400"
+    assert report.learned(curve((98, 95), (98, 95), (98, 94.9), (98, 95))) == "10,000"
+    assert report.learned(curve((98, 95), (98, 95), (98, 95), (98, 94.9))) == ""
 
 
 def test_figures(tmp_path):
