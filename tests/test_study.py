@@ -4,19 +4,23 @@ After a change of what training does, give study.METHOD one more, and `python te
 losses that test_lines_are_of_this_method compares with.
 """
 
+import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # as a program
 
+import distill
+import model
 import train
 from support.world import TINY, make_world
 from tiny import students, study
@@ -46,6 +50,18 @@ def test_no_two_variants_are_one():
 def test_steps_are_in_proportion():
     assert study.steps_of("--method kd", None, 8) == {"1": 1600, "2": 32000, "3": 800}
     assert study.steps_of("--method kd", 40, 2) == {"1": 4, "2": 80, "3": 2}
+
+
+def test_layers_of_every_row_can_be_matched():
+    """With a teacher as deep as its name says, and the student that ships: 5 layers."""
+    for variant in VARIANTS:
+        named = re.fullmatch("layers-([0-9]+)", variant.teacher)
+        if named or variant.teacher == "tiny" and variant.trained:
+            for config in students.configs_of(variant.flags).values():
+                if "adl" in config.weights:
+                    distill.aligned_layers(config.method, 5, int(named[1]) if named else 6)
+    with pytest.raises(ValueError, match="cannot be matched to 1 teacher layers"):
+        distill.aligned_layers(distill.METHODS["compodistill"], 5, 4)
 
 
 def argv(out, *flags):
@@ -154,6 +170,17 @@ def test_teachers_by_name(done, tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main([*words, "--teachers", bad])
         assert f"'{bad}' is not NAME=FOLDER with one of layers-12, " in capsys.readouterr().err
+
+
+def test_a_student_of_a_shallow_teacher(done, teacher):
+    """Of four layers one lies at 30 to 70 %, to which the student's two cannot be matched: scores alone."""
+    student = model.load(TINY / "compodistill")
+    text = replace(teacher.config.text, num_hidden_layers=4)
+    shallow = copy.deepcopy(teacher)
+    shallow.config = replace(teacher.config, text=text)
+    shallow.lm.config, shallow.lm.model.layers = text, shallow.lm.model.layers[:4]
+    scores, more = (study.study_scores(student, vlm, done / "world") for vlm in (shallow, teacher))
+    assert scores.keys() | {"similarity", "forced"} == more.keys() and more.items() > scores.items()
 
 
 def test_a_rate_is_of_stage_2_alone(world, tmp_path):

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+import distill
 import model
 from evals.analyses import WAYS, intervene, pair_hits, world_questions
 from support.checkpoint import find, fingerprint
@@ -139,7 +140,8 @@ TABLES: dict[str, dict[str, Variant]] = {
     },
     "depth": {  # what the last window of each has, `eval.py analyse layers` says of its teacher
         "4 layers: KD": Variant(KD, teacher="layers-4"),
-        "4 layers: 30 to 70 %": Variant(PAPER, teacher="layers-4"),
+        # 30 to 70 % are its layer 2 alone, to which the student's two cannot be matched
+        "4 layers: layer 2": Variant(f"{PAPER} --student-layers 2 --teacher-layers 2", teacher="layers-4"),
         "4 layers: layer 0": Variant(LAYER_0, teacher="layers-4"),
         "8 layers: KD": Variant(KD, teacher="layers-8"),
         "8 layers: 30 to 70 %": Variant(PAPER, teacher="layers-8"),
@@ -245,17 +247,27 @@ def run_name(variant: Variant, seed: int) -> str:
 
 
 def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
-    """Scores, in %; where both read the same tokens also the similarity of their attention, and the pairs
-    that are right with the teacher's attention forced on the student (evals.analyses.WAYS).
+    """Scores, in %; where the paper's layers of both can be compared also the similarity of their attention,
+    and the pairs that are right with the teacher's attention forced on the student (evals.analyses.WAYS).
     """
     scores = rounded(tiny_scores(student, world))
-    if student.require_tokenizer().get_vocab() != teacher.require_tokenizer().get_vocab():
+    if not comparable(student, teacher):
         return scores
     pairs = world_questions(world, FORCED)["compositional"]
     odds = intervene(teacher, {"student": student}, pairs)["student"]
     forced = {way: round(float(pair_hits(x).mean()), 3) for way, x in odds.items()}
     similarity = round(attention_similarity(student, teacher, world), 4)
     return scores | {"similarity": similarity, "forced": forced}
+
+
+def comparable(student: model.VLM, teacher: model.VLM) -> bool:
+    """Whether both read the same tokens, and the teacher has enough layers at 30 to 70 % of its depth."""
+    try:
+        depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
+        distill.aligned_layers(distill.METHODS["compodistill"], *depths)
+    except ValueError:
+        return False
+    return student.require_tokenizer().get_vocab() == teacher.require_tokenizer().get_vocab()
 
 
 def rounded(scores: dict[str, float]) -> dict[str, float]:
