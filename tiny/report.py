@@ -11,7 +11,7 @@ three seeds their values stand there; a variant without a line is not in its tab
 
 import argparse
 import re
-from math import sqrt
+from math import atan2, cos, pi, sin, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -30,13 +30,9 @@ INTO = [TINY.parent / "README.md", TINY.parent / "RESULTS.md"]
 LINES = TINY.parent / "results/study.jsonl"
 PLACE = re.compile(r"<!-- python -m tiny report: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 NEW = "<!-- python -m tiny report: tables -->\n<!-- end of tables -->\n"  # of a file that is not there
-# Student's t, two-sided 95 %, of 1, 2, ... degrees of freedom
-T95 = [float(t) for t in (
-    "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131 "
-    "2.120 2.110 2.101 2.093 2.086 2.080 2.074 2.069 2.064 2.060 2.056 2.052 2.048 2.045"
-).split()]  # fmt: skip
 RESAMPLES = 2000  # of a rank correlation
-LEARNED = {"recognition": 98, "compositional": 95}  # of a curve, in %
+LEARNED = {"recognition": 98, "compositional": 95}  # in %
+RELATIONAL, KNOWN = ("swap_obj", "replace_rel"), 90  # who is where; a seed knows it with so many % in each
 TITLES = {
     "systems": "The systems (the paper's Table 1)",
     "modules": "VAT and TAF (its Table 2)",
@@ -82,7 +78,15 @@ CLAIMS = (  # of its tables: which row is better than which
     *(("matching", "group", row) for row in ("simple", "adaptive")),
     ("rates", "KD, 1e-3", "SFT, 1.5e-3"),
     ("rates", "KD with TAF, 1.5e-3", "KD, 1e-3"),
+    ("rates", "KD with TAF, 1.5e-3", "SFT, 1.5e-3"),
     *(("rates", "CompoDistill", row) for row in ("SFT, 1.5e-3", "KD, 1e-3", "KD with TAF, 1.5e-3")),
+)
+OURS = (  # as CLAIMS, of our own tables: beside what these say themselves
+    *(("controls", row, "none") for row in ("shuffled", "of another sample", "uniform")),
+    ("freezing", "layers 0, 1", "layers 2, 3"),
+    ("depth", "4 layers: layer 0", "4 layers: layer 2"),
+    ("depth", "8 layers: layer 6", "8 layers: 30 to 70 %"),
+    ("depth", "12 layers: layer 0", "12 layers: 30 to 70 %"),
 )
 HEADLINE = (  # README's rows, of the tables `systems` and `rates`
     *("teacher", "SFT", "SFT, 1.5e-3", "KD", "KD, 1e-3", "KD with TAF", "KD with TAF, 1.5e-3"),
@@ -171,14 +175,38 @@ def paired(lines: Lines, one: Variant, other: Variant, score: str = "composition
     return [lines[one, seed][score] - lines[other, seed][score] for seed in both]
 
 
+def moments(values: list[float]) -> tuple[float, float]:
+    """Their mean, and its standard error."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) / sqrt(len(values))
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Their mean, and half the length of its 95 % interval."""
-    n = len(values)
-    if n - 1 > len(T95):
-        raise BadInput(
-            f"{n} seeds are more than the {len(T95) + 1} that intervals are made for: take some out"
-        )
-    return float(np.mean(values)), T95[n - 2] * float(np.std(values, ddof=1)) / sqrt(n)
+    mean, error = moments(values)
+    low, high = 0.0, 13.0
+    for _ in range(50):  # the t whose p is 0.05, by halving
+        t = (low + high) / 2
+        low, high = (t, high) if t_chance(t, 1, len(values)) > 0.05 else (low, t)
+    return mean, low * error
+
+
+def t_chance(mean: float, error: float, n: int) -> float:
+    """Two-sided p of Student's t of n values (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    freedom, angle = n - 1, atan2(abs(mean), error * sqrt(n - 1))
+    power, total = freedom % 2, 0.0
+    term = cos(angle) ** power
+    while power <= freedom - 2:
+        total += term
+        term *= cos(angle) ** 2 * (power + 1) / (power + 2)
+        power += 2
+    inside = sin(angle) * total
+    return 1 - (2 / pi * (angle + inside) if freedom % 2 else inside)
+
+
+def holm(chances: list[float]) -> int:
+    """How many of these p stay below 0.05 with Holm's correction for all of them."""
+    kept = [p * (len(chances) - i) < 0.05 for i, p in enumerate(sorted(chances))]
+    return kept.index(False) if False in kept else len(kept)
 
 
 def said(values: list[float], digits: int = 1, signed: bool = False) -> str:
@@ -237,6 +265,7 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
         means = {kind: np.mean(values_of(lines, variant, kind)) for kind in COMPOSITION}
         least = min(means, key=means.get)
         where = f" ({least})" * (f"{means[least]:.1f}" != f"{max(means.values()):.1f}")
+        known = sum(min(both) >= KNOWN for both in zip(*(values_of(lines, variant, k) for k in RELATIONAL)))
         base = rows[ours] if ours else first[variant.teacher]
         change = paired(lines, variant, base) if variant.trained and variant != base else []
         cells.append(
@@ -246,15 +275,14 @@ def scores(lines: Lines, rows: dict[str, Variant], kinds: tuple[str, ...]) -> st
                 said(values_of(lines, variant, "recognition")),
                 said(values_of(lines, variant, "compositional")),
                 *([f"{means[kind]:.1f}" for kind in kinds] or [f"{means[least]:.1f}{where}"]),
+                f"{known} of {n}",
                 said(values_of(lines, variant, "similarity"), 2),
                 said(change, signed=True) + f" (of {len(change)})" * (0 < len(change) != n),
             ]
         )
     minus = ours or f"the first row{' of its teacher' * (len(first) > 1)}"
-    columns = kinds or ("least kind",)
-    return markdown(
-        ["", "seeds", "recognition", "compositional", *columns, "similarity", f"minus {minus}"], cells
-    )
+    columns = *(kinds or ("least kind",)), "relations", "similarity", f"minus {minus}"
+    return markdown(["", "seeds", "recognition", "compositional", *columns], cells)
 
 
 def words_of(variant: Variant) -> str:
@@ -270,8 +298,8 @@ def flags_of(lines: Lines, rows: dict[str, Variant]) -> str:
 
 
 def budget(lines: Lines, rows: dict[str, Variant]) -> str:
-    """Scores on few items on the way, of each seed: recognition / compositional, at a tenth of the points; and
-    the first of all points from which on both are as in LEARNED.
+    """Scores on few items on the way, of each seed: recognition / compositional, at a tenth of the points;
+    and the first of all points from which on both are as in LEARNED.
     """
     known = [(name, seed, lines[v, seed]) for name, v in rows.items() for seed in seeds_of(lines, v)]
     steps = sorted({int(step) for _, _, line in known for step in line["curve"]})
@@ -299,21 +327,34 @@ def learned(curve: dict[str, dict[str, float]]) -> str:
 
 
 def claims(lines: Lines) -> str:
-    """Every difference that the paper claims, beside ours, in points of compositional accuracy."""
-    cells = []
-    for table, row, other in CLAIMS:
-        if not (change := paired(lines, TABLES[table][row], TABLES[table][other])):
+    """Every difference that the paper claims, beside ours, in points of compositional accuracy; then OURS."""
+    cells, chances = [], {}  # chances: of different claims of the paper
+    for table, row, other in (*CLAIMS, *OURS):
+        pair = TABLES[table][row], TABLES[table][other]
+        if not (change := paired(lines, *pair)):
             continue
-        published, verdict = PUBLISHED[table][row] - PUBLISHED[table][other], ""
+        published = PUBLISHED[table][row] - PUBLISHED[table][other] if table in PUBLISHED else None
+        p = verdict = ""
         if len(change) > 2:
-            mean, half = interval(change)
-            if abs(mean) <= half:
-                verdict = "not told apart"
-            else:
-                verdict = "holds" if mean * published > 0 else "the opposite"
-        numbers = [f"{published:+.1f}", said(change, signed=True), str(len(change))]
+            chance = t_chance(*moments(change), len(change))
+            p, verdict = f"{chance:.3f}" if chance >= 0.001 else "< 0.001", "not told apart"
+            if published is not None:
+                chances[pair] = chance
+            if chance < 0.05:
+                same = published is not None and np.mean(change) * published > 0
+                verdict = "told apart" if published is None else "holds" if same else "the opposite"
+        paper = "" if published is None else f"{published:+.1f}"
+        numbers = [paper, said(change, signed=True), str(len(change)), p]
         cells.append([table, f"{row} over {other}", *numbers, verdict])
-    return markdown(["", "", "paper, one seed", "here", "seeds", "verdict"], cells)
+    n, apart = len(chances), sum(p < 0.05 for p in chances.values())
+    text = (
+        "*Holds* or *the opposite*: the interval leaves out 0, with the mean on the paper's side or on the "
+        f"other one; sizes are not compared. Of the paper's {n} different claims {apart} are told apart, "
+        f"where {n / 20:.1f} would be by chance; with Holm's correction for all {n}, "
+        f"{holm(list(chances.values()))}."
+    )
+    rows = markdown(["", "", "paper, one seed", "here", "seeds", "p", "verdict"], cells)
+    return f"{rows}\n\n{text}" if chances else rows
 
 
 def forcing(lines: Lines) -> list[str]:
@@ -344,14 +385,20 @@ def chain(lines: Lines) -> list[str]:
     groups = [np.array([i for i, (v, _) in enumerate(runs) if v == one]) for one in variants]
     means = [np.array([values[group].mean() for group in groups]) for values in (x, y)]
     rho, p = within(x, y, [group for group in groups if len(group) > 1])
+    below = means[1] < LEARNED["compositional"]
     text = (
         f"Rank correlation (Spearman) of similarity and compositional accuracy over {len(runs)} students of "
         f"{len(groups)} variants: {correlation(x, y, groups)}; over the means of the variants: "
-        f"{correlation(*means, [np.array([i]) for i in range(len(groups))])}; within variants, each value "
-        f"minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often {RESAMPLES:,} shuffles within variants "
-        f"are as far from 0). Intervals: {RESAMPLES:,} resamples of variants."
+        f"{over_means(*means)}; over those {below.sum()} whose mean accuracy is below "
+        f"{LEARNED['compositional']}: {over_means(*(values[below] for values in means))}; within variants, "
+        f"each value minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often {RESAMPLES:,} shuffles "
+        f"within variants are as far from 0). Intervals: {RESAMPLES:,} resamples of variants."
     )
     return [f"### Attention and accuracy, over all students\n\n{text}"]
+
+
+def over_means(x: np.ndarray, y: np.ndarray) -> str:
+    return correlation(x, y, [np.array([i]) for i in range(len(x))])
 
 
 def correlation(x: np.ndarray, y: np.ndarray, groups: list[np.ndarray]) -> str:
