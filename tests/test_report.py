@@ -229,7 +229,12 @@ def test_similarity_and_accuracy(tmp_path):
     ]
     text = report.chain(study.read_lines(write(tmp_path / "lines.jsonl", lines)))[0]
     assert "over 12 students of 4 variants: 0." in text and "variant's mean: -1.00 (p = 0.00" in text
-    assert "means of the variants: 1.00 [" in text
+    assert (
+        "means of the variants: 1.00 [" in text and "over those 4 whose mean accuracy is below 95: " in text
+    )
+    best = [known | {"compositional": 96.0 + known["seed"]} for known in lines]
+    text = report.chain(study.read_lines(write(tmp_path / "lines.jsonl", best)))[0]
+    assert "below 95" not in text
     assert not report.chain({(Variant(KD), 0): lines[0]})
 
 

@@ -30,6 +30,7 @@ INTO = [TINY.parent / "README.md", TINY.parent / "RESULTS.md"]
 LINES = TINY.parent / "results/study.jsonl"
 PLACE = re.compile(r"<!-- python -m tiny report: (\w+) -->.*?<!-- end of \1 -->", re.DOTALL)
 NEW = "<!-- python -m tiny report: tables -->\n<!-- end of tables -->\n"  # of a file that is not there
+LEVEL = 0.05  # of p: what is below is told apart, and intervals are of the rest, 95 %
 RESAMPLES = 2000  # of a rank correlation
 LEARNED = {"recognition": 98, "compositional": 95}  # in %
 RELATIONAL, KNOWN = ("swap_obj", "replace_rel"), 90  # who is where; a seed knows it with so many % in each
@@ -183,10 +184,10 @@ def moments(values: list[float]) -> tuple[float, float]:
 def interval(values: list[float]) -> tuple[float, float]:
     """Their mean, and half the length of its 95 % interval."""
     mean, error = moments(values)
-    low, high = 0.0, 13.0
-    for _ in range(50):  # the t whose p is 0.05, by halving
+    low, high = 0.0, 13.0  # 12.7 of two values, less of more
+    for _ in range(50):  # the t whose p is LEVEL, by halving
         t = (low + high) / 2
-        low, high = (t, high) if t_chance(t, 1, len(values)) > 0.05 else (low, t)
+        low, high = (t, high) if t_chance(t, 1, len(values)) > LEVEL else (low, t)
     return mean, low * error
 
 
@@ -204,8 +205,8 @@ def t_chance(mean: float, error: float, n: int) -> float:
 
 
 def holm(chances: list[float]) -> int:
-    """How many of these p stay below 0.05 with Holm's correction for all of them."""
-    kept = [p * (len(chances) - i) < 0.05 for i, p in enumerate(sorted(chances))]
+    """How many of these p stay below LEVEL with Holm's correction for all of them."""
+    kept = [p * (len(chances) - i) < LEVEL for i, p in enumerate(sorted(chances))]
     return kept.index(False) if False in kept else len(kept)
 
 
@@ -336,21 +337,22 @@ def claims(lines: Lines) -> str:
         published = PUBLISHED[table][row] - PUBLISHED[table][other] if table in PUBLISHED else None
         p = verdict = ""
         if len(change) > 2:
-            chance = t_chance(*moments(change), len(change))
+            mean, error = moments(change)
+            chance = t_chance(mean, error, len(change))
             p, verdict = f"{chance:.3f}" if chance >= 0.001 else "< 0.001", "not told apart"
             if published is not None:
                 chances[pair] = chance
-            if chance < 0.05:
-                same = published is not None and np.mean(change) * published > 0
+            if chance < LEVEL:
+                same = published is not None and mean * published > 0
                 verdict = "told apart" if published is None else "holds" if same else "the opposite"
         paper = "" if published is None else f"{published:+.1f}"
         numbers = [paper, said(change, signed=True), str(len(change)), p]
         cells.append([table, f"{row} over {other}", *numbers, verdict])
-    n, apart = len(chances), sum(p < 0.05 for p in chances.values())
+    n, apart = len(chances), sum(p < LEVEL for p in chances.values())
     text = (
         "*Holds* or *the opposite*: the interval leaves out 0, with the mean on the paper's side or on the "
         f"other one; sizes are not compared. Of the paper's {n} different claims {apart} are told apart, "
-        f"where {n / 20:.1f} would be by chance; with Holm's correction for all {n}, "
+        f"where {n * LEVEL:.1f} would be by chance; with Holm's correction for all {n}, "
         f"{holm(list(chances.values()))}."
     )
     rows = markdown(["", "", "paper, one seed", "here", "seeds", "p", "verdict"], cells)
@@ -385,14 +387,16 @@ def chain(lines: Lines) -> list[str]:
     groups = [np.array([i for i, (v, _) in enumerate(runs) if v == one]) for one in variants]
     means = [np.array([values[group].mean() for group in groups]) for values in (x, y)]
     rho, p = within(x, y, [group for group in groups if len(group) > 1])
-    below = means[1] < LEARNED["compositional"]
+    least = LEARNED["compositional"]
+    below = [values[means[1] < least] for values in means]
+    some = len(below[0])
+    few = f"; over those {some} whose mean accuracy is below {least}: {over_means(*below)}" if some else ""
     text = (
         f"Rank correlation (Spearman) of similarity and compositional accuracy over {len(runs)} students of "
         f"{len(groups)} variants: {correlation(x, y, groups)}; over the means of the variants: "
-        f"{over_means(*means)}; over those {below.sum()} whose mean accuracy is below "
-        f"{LEARNED['compositional']}: {over_means(*(values[below] for values in means))}; within variants, "
-        f"each value minus its variant's mean: {rho:.2f} (p = {p:.3f}: how often {RESAMPLES:,} shuffles "
-        f"within variants are as far from 0). Intervals: {RESAMPLES:,} resamples of variants."
+        f"{over_means(*means)}{few}; within variants, each value minus its variant's mean: {rho:.2f} "
+        f"(p = {p:.3f}: how often {RESAMPLES:,} shuffles within variants are as far from 0). "
+        f"Intervals: {RESAMPLES:,} resamples of variants."
     )
     return [f"### Attention and accuracy, over all students\n\n{text}"]
 

@@ -51,13 +51,9 @@ def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | N
 
     The mean cosine of attention over the picture, over the text queries of the first `limit` true captions of
     each kind and over the layers that the paper aligns, each against the mean of its teacher layers.
-    ValueError: another tokenizer, number of layers or of visual tokens than this teacher has.
+    ValueError: compared_layers has none, or another number of visual tokens than this teacher has.
     """
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise ValueError("their tokenizers differ")
-    method = METHODS["compodistill"]
-    depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
-    student_layers, teacher_layers = distill.aligned_layers(method, *depths)
+    student_layers, teacher_layers = compared_layers(student, teacher)
     _, composition = tiny_items(world, limit)
     pairs = [pair for kind in composition.values() for pair in kind]
     samples = (scorers.prompt(student, picture, caption_question(true)) for picture, true, _ in pairs)
@@ -69,10 +65,18 @@ def attention_similarity(student: VLM, teacher: VLM, world: Path, limit: int | N
         theirs = teacher(**inputs, attention=dict.fromkeys(teacher_layers, attend)).attentions
         for vlm, maps in ((student, ours), (teacher, theirs)):
             finite(torch.cat(list(maps.values())), vlm.name)
-        targets = distill.matched_targets(ours, theirs, rows, method.matching)
+        targets = distill.matched_targets(ours, theirs, rows, METHODS["compodistill"].matching)
         term = distill.visual_attention_loss(ours.values(), targets, rows, "cosine-rows")
         distance, count = distance + term.sum.item(), count + term.count.item()
     return 1 - distance / count
+
+
+def compared_layers(student: VLM, teacher: VLM) -> tuple[list[int], list[int]]:
+    """The layers of both that the paper aligns. ValueError: they read other tokens, or cannot be matched."""
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
+        raise ValueError("their tokenizers differ")
+    depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
+    return distill.aligned_layers(METHODS["compodistill"], *depths)
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:

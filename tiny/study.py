@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import distill
 import model
 from evals.analyses import WAYS, intervene, pair_hits, world_questions
 from support.checkpoint import find, fingerprint
@@ -35,7 +34,7 @@ from support.files import (
 )
 from support.program import commit
 from support.world import COMPOSITION, RECOGNITION
-from tiny.scores import attention_similarity, tiny_scores
+from tiny.scores import attention_similarity, compared_layers, tiny_scores
 from tiny.students import configs_of, load_teacher, make_test_world, refuse_ranks, run_jobs, steps_of
 from training.log import step_of
 
@@ -251,23 +250,15 @@ def study_scores(student: model.VLM, teacher: model.VLM, world: Path) -> dict:
     and the pairs that are right with the teacher's attention forced on the student (evals.analyses.WAYS).
     """
     scores = rounded(tiny_scores(student, world))
-    if not comparable(student, teacher):
+    try:
+        compared_layers(student, teacher)
+    except ValueError:
         return scores
     pairs = world_questions(world, FORCED)["compositional"]
     odds = intervene(teacher, {"student": student}, pairs)["student"]
     forced = {way: round(float(pair_hits(x).mean()), 3) for way, x in odds.items()}
     similarity = round(attention_similarity(student, teacher, world), 4)
     return scores | {"similarity": similarity, "forced": forced}
-
-
-def comparable(student: model.VLM, teacher: model.VLM) -> bool:
-    """Whether both read the same tokens, and the teacher has enough layers at 30 to 70 % of its depth."""
-    try:
-        depths = [vlm.config.text.num_hidden_layers for vlm in (student, teacher)]
-        distill.aligned_layers(distill.METHODS["compodistill"], *depths)
-    except ValueError:
-        return False
-    return student.require_tokenizer().get_vocab() == teacher.require_tokenizer().get_vocab()
 
 
 def rounded(scores: dict[str, float]) -> dict[str, float]:
